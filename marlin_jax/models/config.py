@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder of the Llama family is, in numbers; read strictly from a Hugging Face config.json and written back.
+
+Hugging Face configs come in two spellings. Version 5 of transformers writes `rope_parameters` and `dtype`, version 4
+wrote `rope_theta`, `rope_scaling` and `torch_dtype`. Both are read. Every key that the four model classes read is
+either understood or refused by name: a config that is almost understood gives fluent nonsense.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The model_type and the config class's own default for head_dim (None: hidden_size / heads) of each architecture.
+ARCHITECTURES = {
+  "LlamaForCausalLM": ("llama", None),
+  "MistralForCausalLM": ("mistral", None),
+  "Qwen2ForCausalLM": ("qwen2", None),
+  "Qwen3ForCausalLM": ("qwen3", 128),
+}
+
+# Keys of these models and of near relatives that change the maths, with the only values this decoder implements.
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+  "hidden_act": ("silu",),
+  "partial_rotary_factor": (None, 1.0),
+  "attn_logit_softcapping": (None,),
+  "final_logit_softcapping": (None,),
+  "query_pre_attn_scalar": (None,),
+  "attention_chunk_size": (None,),
+  "clip_qkv": (None,),
+  "attention_multiplier": (None, 1.0),
+  "embedding_multiplier": (None, 1.0),
+  "residual_multiplier": (None, 1.0),
+  "logits_scaling": (None, 1.0),
+  "logit_scale": (None, 1.0),
+  "no_rope_layers": (None, []),
+  "num_experts": (None, 0),
+  "num_local_experts": (None, 0),
+  "is_encoder_decoder": (None, False),
+}
+
+_POSITIVE_INTS = (
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_layers",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Rope:
+  """The frequency scaling of Llama 3.1: long wavelengths stretched by `factor`, short ones kept, a ramp between."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+
+  def __post_init__(self):
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+      _check_positive_number(f"llama3 rope {name}", getattr(self, name))
+    _check_positive_int("llama3 rope original_max_position_embeddings", self.original_max_position_embeddings)
+    if self.high_freq_factor <= self.low_freq_factor:
+      raise ValueError(
+        f"llama3 rope high_freq_factor is {self.high_freq_factor}, must be above low_freq_factor {self.low_freq_factor}"
+      )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+  """The shape and the options of one decoder-only model.
+
+  `sliding_windows` has one entry a layer: how many keys a query sees, itself included, or None for all of them. Left
+  out, every layer sees all keys.
+  """
+
+  architecture: str = "LlamaForCausalLM"
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_position_embeddings: int
+  rms_norm_eps: float = 1e-6
+  rope_theta: float = 10000.0
+  rope_scaling: Llama3Rope | None = None
+  sliding_windows: tuple[int | None, ...] = ()
+  tie_word_embeddings: bool = False
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  bos_token_id: int | None = None
+  eos_token_ids: tuple[int, ...] = ()
+  pad_token_id: int | None = None
+
+  def __post_init__(self):
+    _check_architecture(self.architecture)
+    for name in _POSITIVE_INTS:
+      _check_positive_int(name, getattr(self, name))
+    if not self.sliding_windows:
+      object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
+    _check_positive_number("rms_norm_eps", self.rms_norm_eps)
+    _check_positive_number("rope_theta", self.rope_theta)
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim is {self.head_dim}, must be even: RoPE turns pairs")
+    if len(self.sliding_windows) != self.num_layers:
+      raise ValueError(
+        f"sliding_windows has {len(self.sliding_windows)} entries, must have {self.num_layers}, one a layer"
+      )
+    for window in self.sliding_windows:
+      if window is not None:
+        _check_positive_int("sliding_window", window)
+    for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
+      _check_bool(name, getattr(self, name))
+    for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
+      if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+        raise ValueError(f"a special token id is {token!r}, must be an integer")
+
+  @classmethod
+  def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+    """The ModelConfig of a parsed config.json, in the spelling of transformers 4 or 5.
+
+    Raises:
+      NotImplementedError: the config asks for something this decoder does not do; the message names it.
+      ValueError: a key is missing or holds nonsense.
+    """
+    architecture = _architecture(hf)
+    for key, accepted in _NEUTRAL_VALUES.items():
+      if key in hf and hf[key] not in accepted:
+        raise NotImplementedError(f"config: {key} {hf[key]!r} is not supported, only {accepted[-1]!r} is")
+    if "AutoModelForCausalLM" in (hf.get("auto_map") or {}):
+      raise NotImplementedError("config: auto_map names model code of the checkpoint's own, which is never run")
+    model_type, default_head_dim = ARCHITECTURES[architecture]
+    num_layers = _required(hf, "num_hidden_layers")
+    _check_positive_int("num_hidden_layers", num_layers)
+    rope_theta, rope_scaling = _rope(hf)
+    num_heads = _required(hf, "num_attention_heads")
+    _check_positive_int("num_attention_heads", num_heads)
+    num_kv_heads, head_dim = hf.get("num_key_value_heads"), hf.get("head_dim", default_head_dim)
+    attention_bias = hf.get("attention_bias", False) if model_type in ("llama", "qwen3") else False
+    return cls(
+      architecture=architecture,
+      vocab_size=_required(hf, "vocab_size"),
+      hidden_size=_required(hf, "hidden_size"),
+      intermediate_size=_required(hf, "intermediate_size"),
+      num_layers=num_layers,
+      num_heads=num_heads,
+      num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+      head_dim=_required(hf, "hidden_size") // num_heads if head_dim is None else head_dim,
+      max_position_embeddings=_required(hf, "max_position_embeddings"),
+      rms_norm_eps=_required(hf, "rms_norm_eps"),
+      rope_theta=rope_theta,
+      rope_scaling=rope_scaling,
+      sliding_windows=_sliding_windows(hf, model_type, num_layers),
+      tie_word_embeddings=hf.get("tie_word_embeddings", False),
+      qkv_bias=True if model_type == "qwen2" else attention_bias,
+      output_bias=attention_bias,
+      mlp_bias=hf.get("mlp_bias", False) if model_type == "llama" else False,
+      qk_norm=model_type == "qwen3",
+      bos_token_id=hf.get("bos_token_id"),
+      eos_token_ids=token_ids(hf.get("eos_token_id")),
+      pad_token_id=hf.get("pad_token_id"),
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config.json of this model in the spelling of transformers 5: from_hf(config.to_hf()) == config.
+
+    Raises:
+      ValueError: the architecture cannot express the config, for example a sliding window in a Llama.
+    """
+    model_type, _ = ARCHITECTURES[self.architecture]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+    if self.rope_scaling is not None:
+      rope |= {"rope_type": "llama3"} | {name: getattr(self.rope_scaling, name) for name in Llama3Rope.__slots__}
+    hf: dict[str, Any] = {
+      "architectures": [self.architecture],
+      "model_type": model_type,
+      "vocab_size": self.vocab_size,
+      "hidden_size": self.hidden_size,
+      "intermediate_size": self.intermediate_size,
+      "num_hidden_layers": self.num_layers,
+      "num_attention_heads": self.num_heads,
+      "num_key_value_heads": self.num_kv_heads,
+      "head_dim": self.head_dim,
+      "hidden_act": "silu",
+      "max_position_embeddings": self.max_position_embeddings,
+      "rms_norm_eps": self.rms_norm_eps,
+      "rope_parameters": rope,
+      "tie_word_embeddings": self.tie_word_embeddings,
+      "bos_token_id": self.bos_token_id,
+      "eos_token_id": list(self.eos_token_ids) if len(self.eos_token_ids) != 1 else self.eos_token_ids[0],
+      "pad_token_id": self.pad_token_id,
+    }
+    windows = {window for window in self.sliding_windows if window is not None}
+    if model_type in ("llama", "qwen3"):
+      hf["attention_bias"] = self.output_bias
+    if model_type == "llama":
+      hf["mlp_bias"] = self.mlp_bias
+    if model_type == "mistral":
+      hf["sliding_window"] = self.sliding_windows[0]
+    if model_type in ("qwen2", "qwen3"):
+      hf["use_sliding_window"] = bool(windows)
+      hf["sliding_window"] = max(windows, default=None)
+      hf["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows]
+    if ModelConfig.from_hf(hf) != self:
+      raise ValueError(f"{self.architecture} cannot express this config: {self}")
+    return hf
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+  """The `eos_token_id` of a config, which is one id, a list of ids or null, as a tuple."""
+  if value is None:
+    return ()
+  return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+  names = hf.get("architectures")
+  model_type = hf.get("model_type")
+  if names:
+    if not isinstance(names, list) or len(names) != 1:
+      raise ValueError(f"config: architectures is {names!r}, must be a list of one name")
+    architecture = names[0]
+  else:
+    architecture = next((name for name, (kind, _) in ARCHITECTURES.items() if kind == model_type), str(model_type))
+  _check_architecture(architecture)
+  if model_type is not None and model_type != ARCHITECTURES[architecture][0]:
+    raise ValueError(f"config: model_type {model_type!r} contradicts architecture {architecture!r}")
+  return architecture
+
+
+def _check_architecture(architecture: Any) -> None:
+  if architecture not in ARCHITECTURES:
+    raise NotImplementedError(f"architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)} are")
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
+  """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+  key = "rope_parameters" if hf.get("rope_parameters") is not None else "rope_scaling"
+  rope = hf.get(key) or {}
+  if not isinstance(rope, Mapping):
+    raise ValueError(f"config: {key} is {rope!r}, must be an object")
+  if hf.get("rope_parameters") and hf.get("rope_scaling"):
+    raise ValueError("config: has both rope_parameters and rope_scaling, must have one of them")
+  theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+  if hf.get("rope_theta", theta) != theta:
+    raise ValueError(f"config: rope_theta is both {hf['rope_theta']} and {theta}, must be one number")
+  rope_type = rope.get("rope_type", rope.get("type", "default"))
+  fields = {"default": (), "llama3": Llama3Rope.__slots__}.get(rope_type)
+  if fields is None:
+    raise NotImplementedError(f"config: rope_type {rope_type!r} is not supported, only 'default' and 'llama3' are")
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    raise NotImplementedError(f"config: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, "
+                              "only 1.0 is")
+  unknown = set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor", *fields}
+  if unknown:
+    raise NotImplementedError(f"config: {key} of type {rope_type!r} has unsupported keys {sorted(unknown)}")
+  if rope_type == "default":
+    return theta, None
+  missing = [name for name in fields if name not in rope]
+  if missing:
+    raise ValueError(f"config: {key} of type 'llama3' lacks {missing}")
+  return theta, Llama3Rope(**{name: rope[name] for name in fields})
+
+
+def _sliding_windows(hf: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
+  if model_type == "llama":
+    if hf.get("sliding_window") is not None:
+      raise NotImplementedError(f"config: sliding_window {hf['sliding_window']!r} in a llama is not supported")
+    windows = (None,) * num_layers
+  elif model_type == "mistral":
+    # 4096 is what the model class takes when the key is absent; null switches the window off.
+    windows = (hf.get("sliding_window", 4096),) * num_layers
+  else:
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    first = hf.get("max_window_layers", 28)
+    windows = tuple(window if layer >= first else None for layer in range(num_layers))
+  if hf.get("layer_types") is None:
+    return windows
+  return _windows_of_layer_types(hf, model_type, windows)
+
+
+def _windows_of_layer_types(
+  hf: Mapping[str, Any], model_type: str, windows: tuple[int | None, ...]
+) -> tuple[int | None, ...]:
+  types = hf["layer_types"]
+  unknown = set(types) - {"full_attention", "sliding_attention"}
+  if unknown:
+    raise NotImplementedError(f"config: layer_types {sorted(unknown)} are not supported, only 'full_attention' and "
+                              "'sliding_attention' are")
+  if len(types) != len(windows):
+    raise ValueError(f"config: layer_types has {len(types)} entries, must have {len(windows)}, one a layer")
+  if model_type in ("llama", "mistral"):
+    # These two classes do not read layer_types, so a list that says something else is not to be trusted.
+    if [window is not None for window in windows] != [kind == "sliding_attention" for kind in types]:
+      raise NotImplementedError(f"config: layer_types of a {model_type} that contradict its sliding_window")
+    return windows
+  window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+  if "sliding_attention" in types and window is None:
+    raise ValueError("config: layer_types has 'sliding_attention', but there is no sliding_window in use")
+  return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _required(hf: Mapping[str, Any], key: str) -> Any:
+  if hf.get(key) is None:
+    raise ValueError(f"config: {key} is missing")
+  return hf[key]
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise ValueError(f"{name} is {value!r}, must be a positive integer")
+
+
+def _check_positive_number(name: str, value: Any) -> None:
+  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+    raise ValueError(f"{name} is {value!r}, must be a positive number")
+
+
+def _check_bool(name: str, value: Any) -> None:
+  if not isinstance(value, bool):
+    raise ValueError(f"{name} is {value!r}, must be true or false")

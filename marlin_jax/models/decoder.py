@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3; what differs between them is in the ModelConfig."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from marlin_jax.models.config import ModelConfig
+from marlin_jax.models.kv_cache import KVCache
+from marlin_jax.models.layers import DecoderLayer
+
+
+class Decoder(nnx.Module):
+  """Token ids in, float32 logits out.
+
+  Every dense layer is an `nnx.Linear` and is only ever called, so that `quantize` can put a QuantLinear in its place.
+  `dtype` is what the layers compute in; norms, softmax and the logits are float32 whatever it is.
+  """
+
+  def __init__(self, config: ModelConfig, *, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs: nnx.Rngs):
+    dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.config = config
+    self.dtype = jnp.dtype(dtype)
+    # What turns text into token ids for this model, when it came with one; set by load_model.
+    self.tokenizer: Any = None
+    self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
+    self.layers = nnx.List([DecoderLayer(config, window, **dtypes) for window in config.sliding_windows])
+    self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **dtypes)
+    if not config.tie_word_embeddings:
+      # float32 out of the product: bf16 logits near 20 lie 0.125 apart, which ties the best with its neighbours.
+      self.lm_head = nnx.Linear(
+        config.hidden_size, config.vocab_size, use_bias=False, preferred_element_type=jnp.float32, **dtypes
+      )
+
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
+    """Logits at every position of a full causal forward pass; no cache, differentiable."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = self.embed(tokens)
+    for layer in self.layers:
+      x, _ = layer(x, positions, None)
+    return self.logits(self.norm(x))
+
+  def hidden(
+    self, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache
+  ) -> tuple[Float[Array, "B T E"], KVCache]:
+    """The normalized last hidden state of T tokens of each row, and the cache with their keys and values written.
+
+    Token t of row b stands at position start[b] + t, is written there, and sees the cache at positions up to its own.
+    Whatever lies in the cache beyond that is never read, so a row may be padded on the right. A token beyond the cache
+    is not written and its hidden state is meaningless, but finite.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    x = self.embed(tokens)
+    keys, values = [], []
+    for layer, *cached in zip(self.layers, cache.keys, cache.values, strict=True):
+      x, (layer_keys, layer_values) = layer(x, positions, tuple(cached))
+      keys.append(layer_keys)
+      values.append(layer_values)
+    return self.norm(x), KVCache(keys=tuple(keys), values=tuple(values))
+
+  def logits(self, hidden: Float[Array, "... E"]) -> Float32[Array, "... V"]:
+    """The head alone: the scores of the vocabulary for hidden states that `hidden` returned."""
+    if self.config.tie_word_embeddings:
+      embedding = self.embed.embedding[...].astype(self.dtype)
+      return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
+    return self.lm_head(hidden).astype(jnp.float32)
