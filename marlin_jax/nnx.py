@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuantLinear: the Flax NNX layer, a drop-in for `nnx.Linear` in inference."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from marlin_jax.ops import quant_matmul
+from marlin_jax.packing import pack
+from marlin_jax.quantized import PackedTensor, QuantSpec
+from marlin_jax.quantizers.rtn import quantize_rtn
+
+
+class QuantParam(nnx.Variable):
+  """A part of a quantized weight. Not an `nnx.Param`: an optimizer that takes parameters leaves it alone."""
+
+
+@partial(jax.jit, static_argnames=("spec", "scale_dtype"))
+def _quantize_and_pack(w, spec, scale_dtype):
+  return pack(quantize_rtn(w, spec, scale_dtype=scale_dtype))
+
+
+class QuantLinear(nnx.Module):
+  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] with w in 4 bits.
+
+  Constructor words, argument order and initialisation are those of `nnx.Linear`; a fresh layer holds a quantized
+  random kernel. Usually it is made from a trained one, by `from_linear` or `marlin_jax.quantize`.
+
+  Attributes:
+    qweight, scales: QuantParam; the fields of a PackedTensor.
+    bias: nnx.Param of shape (out_features,), or None.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool = True,
+    dtype=None,
+    param_dtype=jnp.float32,
+    spec: QuantSpec = QuantSpec(),
+    kernel_init=nnx.initializers.lecun_normal(),
+    bias_init=nnx.initializers.zeros_init(),
+    rngs: nnx.Rngs,
+  ):
+    """
+    Args:
+      in_features, out_features: K and N.
+      use_bias: whether there is a bias.
+      dtype: x and bias are cast to it and the result has it; None keeps x's own dtype.
+      param_dtype: of scales and bias.
+      spec: bits and group size.
+      kernel_init, bias_init: initialisers, as for nnx.Linear.
+      rngs: with a "params" stream.
+
+    Raises:
+      ValueError: the group size does not divide in_features.
+    """
+    self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+    w = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+    packed = _quantize_and_pack(w, spec, jnp.dtype(param_dtype))
+    self.qweight, self.scales = QuantParam(packed.qweight), QuantParam(packed.scales)
+    self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
+
+  @classmethod
+  def from_packed(cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype=None) -> "QuantLinear":
+    """A layer around an existing packed weight; nothing is computed."""
+    k, n = w.shape
+    # The constructor's random weights are traced for the layer's structure only, and replaced.
+    whole_column = QuantSpec(group_size=None)
+    self = nnx.eval_shape(lambda: cls(k, n, use_bias=False, dtype=dtype, spec=whole_column, rngs=nnx.Rngs(0)))
+    self.qweight, self.scales = QuantParam(w.qweight), QuantParam(w.scales)
+    self.bias = nnx.data(bias)
+    return self
+
+  @classmethod
+  def from_linear(cls, linear: nnx.Linear, spec: QuantSpec = QuantSpec(), *, device=None) -> "QuantLinear":
+    """Quantizes a float layer (round to nearest, searched scales); bias and dtype are taken over.
+
+    Args:
+      linear: the trained layer; it is not changed.
+      device: where to quantize and leave the packed weight; None is where the kernel lies.
+
+    Raises:
+      ValueError: the group size does not divide K, or the kernel holds NaN or Inf.
+    """
+    w = linear.kernel[...]
+    w = w if device is None else jax.device_put(w, device)
+    if not jnp.isfinite(w).all():
+      raise ValueError("the kernel holds NaN or Inf, which no codes can represent")
+    return cls.from_packed(_quantize_and_pack(w, spec, w.dtype), linear.bias, dtype=linear.dtype)
+
+  @property
+  def packed(self) -> PackedTensor:
+    """The weight, as the kernel takes it."""
+    return PackedTensor(qweight=self.qweight[...], scales=self.scales[...], k=self.in_features)
+
+  def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
+    """y = x @ w + bias; see `marlin_jax.quant_matmul` for the errors."""
+    x = x if self.dtype is None else x.astype(self.dtype)
+    return quant_matmul(x, self.packed, None if self.bias is None else self.bias[...])

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matmul of a layer: leading batch dimensions and bias around the kernel's two-dimensional product."""
+
+import math
+
+from jaxtyping import Array, Float
+
+from marlin_jax.quantized import PackedTensor
+from pallas_kernels import matmul
+
+
+def quant_matmul(
+  x: Float[Array, "*batch K"],
+  w: PackedTensor,
+  bias: Float[Array, " N"] | None = None,
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "*batch N"]:
+  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n], the sum in float32, everything else in x's dtype.
+
+  For inference: there is no gradient rule, differentiating it raises.
+
+  Args:
+    x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
+    w: the packed weight.
+    bias: added after the product is rounded to x's dtype, as Flax's dense layers do.
+    implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
+
+  Raises:
+    ValueError: x's last dimension is not K.
+    NotImplementedError: no kernel covers this on the GPU at hand, or the implementation named does not; it says why.
+  """
+  if x.shape[-1] != w.k:
+    raise ValueError(f"x has {x.shape[-1]} features, the weight has K={w.k}")
+  *batch, k = x.shape
+  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, implementation=implementation)
+  y = y.reshape(*batch, w.shape[1])
+  return y if bias is None else y + bias.astype(y.dtype)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one entrance: picks the implementation of a problem, or says why none fits."""
+
+import warnings
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int16
+
+from pallas_kernels import layout, reference, triton_matmul, tuning
+from pallas_kernels.hardware import Device, current_device
+from pallas_kernels.problem import MatmulProblem
+
+# name -> why it cannot take a problem on a device (None: it can); fastest first. The reference can take everything.
+IMPLEMENTATIONS = {"triton": triton_matmul.unsupported_reason, "reference": reference.unsupported_reason}
+
+# Interpret mode stands in for a GPU: few multiprocessors, so that small tests split K as large problems do.
+INTERPRETED = Device(platform="cuda", kind="interpreter", num_sms=4)
+
+
+def choose_implementation(problem: MatmulProblem, device: Device | None = None) -> str:
+  """Name of the implementation that `matmul` takes for `problem` on `device` (default: the current one).
+
+  On a GPU only kernels are candidates: the reference is slower than bf16, so there it must be asked for by name.
+
+  Raises:
+    NotImplementedError: no kernel covers the problem on this GPU; every kernel's reason is listed.
+  """
+  device = device or current_device()
+  if device.platform != "cuda":
+    return "reference"
+  reasons = {name: reason(problem, device) for name, reason in IMPLEMENTATIONS.items() if name != "reference"}
+  for name, reason in reasons.items():
+    if reason is None:
+      return name
+  refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+  raise NotImplementedError(f"no kernel covers {problem} ({refusals}); implementation='reference' covers everything")
+
+
+def matmul(
+  x: Float[Array, "M K"],
+  qweight: Int16[Array, "N_tiles K_tiles 32 32"],
+  scales: Float[Array, "G N"],
+  *,
+  implementation: str | None = None,
+  interpret: bool = False,
+) -> Float[Array, "M N"]:
+  """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - 8), accumulated in float32.
+
+  Args:
+    x: bfloat16, float16 or (reference only) float32; M may be 0.
+    qweight: codes 0..15 in kernel order, from `layout.pack_codes`.
+    scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
+    implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
+    interpret: run the Triton kernel's body on the CPU instead of lowering it; for tests.
+
+  Returns:
+    y in x's dtype. The same inputs give the same bits at every call.
+
+  Raises:
+    ValueError: shapes do not belong together, or the name is unknown.
+    NotImplementedError: the named implementation, or on a GPU no kernel, covers this problem, and why.
+  """
+  (m, k), (groups, n) = x.shape, scales.shape
+  if groups < 1 or k % groups:
+    raise ValueError(f"scales have {groups} groups, which must divide k={k}")
+  if qweight.shape != layout.qweight_shape(k, n):
+    raise ValueError(f"{qweight.shape=} must be {layout.qweight_shape(k, n)} for x {x.shape} and scales {scales.shape}")
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
+  device = INTERPRETED if interpret else current_device()
+  if implementation is None:
+    implementation = choose_implementation(problem, device)
+  elif implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{implementation=} must be one of {tuple(IMPLEMENTATIONS)} or None")
+  elif reason := IMPLEMENTATIONS[implementation](problem, device):
+    raise NotImplementedError(f"implementation {implementation!r} does not cover {problem}: {reason}")
+  if m == 0:
+    return jnp.zeros((0, n), x.dtype)
+  if implementation == "reference":
+    return reference.matmul_reference(x, qweight, scales)
+  config = tuning.triton_config(problem, device.num_sms)
+  with warnings.catch_warnings():
+    # JAX 0.11 warns at every lowering through Triton that it will not be developed further.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*[Tt]riton.*")
+    return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)
