@@ -258,8 +258,9 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
   if fields is None:
     raise NotImplementedError(f"config: rope_type {rope_type!r} is not supported, only 'default' and 'llama3' are")
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
-    raise NotImplementedError(f"config: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, "
-                              "only 1.0 is")
+    raise NotImplementedError(
+      f"config: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0 is"
+    )
   unknown = set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor", *fields}
   if unknown:
     raise NotImplementedError(f"config: {key} of type {rope_type!r} has unsupported keys {sorted(unknown)}")
@@ -294,8 +295,9 @@ def _windows_of_layer_types(
   types = hf["layer_types"]
   unknown = set(types) - {"full_attention", "sliding_attention"}
   if unknown:
-    raise NotImplementedError(f"config: layer_types {sorted(unknown)} are not supported, only 'full_attention' and "
-                              "'sliding_attention' are")
+    raise NotImplementedError(
+      f"config: layer_types {sorted(unknown)} are not supported, only 'full_attention' and 'sliding_attention' are"
+    )
   if len(types) != len(windows):
     raise ValueError(f"config: layer_types has {len(types)} entries, must have {len(windows)}, one a layer")
   if model_type in ("llama", "mistral"):

@@ -11,7 +11,7 @@ from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 
 
-def rope_frequencies(config: ModelConfig) -> Float32[np.ndarray, " D//2"]:
+def rope_frequencies(config: ModelConfig) -> Float32[np.ndarray, " pairs"]:
   """f[i] = theta ** (-2 i / D), in radians a position, with the llama3 scaling where the config has it.
 
   RoFormer, section 3.2.2 (arXiv 2104.09864). The llama3 scaling is that of the Llama 3.1 release: a wavelength below
@@ -30,7 +30,7 @@ def rope_frequencies(config: ModelConfig) -> Float32[np.ndarray, " D//2"]:
 
 
 def rotate(
-  x: Float[Array, "B T H D"], positions: Int[Array, "B T"], frequencies: Float32[np.ndarray, " D//2"]
+  x: Float[Array, "B T H D"], positions: Int[Array, "B T"], frequencies: Float32[np.ndarray, " pairs"]
 ) -> Float[Array, "B T H D"]:
   """Turn the pair (x[i], x[i + D/2]) by the angle position * f[i]; the pairing of the Hugging Face checkpoints."""
   angle = positions[..., None, None] * frequencies

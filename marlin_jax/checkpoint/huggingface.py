@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a Hugging Face checkpoint of the Llama family as the parameters of a Decoder."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from marlin_jax.checkpoint.folder import CheckpointError, read_json
+from marlin_jax.checkpoint.safetensors_files import Checkpoint
+from marlin_jax.models.config import ModelConfig, token_ids
+from marlin_jax.models.decoder import Decoder
+from marlin_jax.nnx import QuantLinear
+from marlin_jax.quantized import QuantSpec
+
+# Our path segment -> theirs; a segment that is not listed has the same name in both.
+_SEGMENTS = {
+  "embed": "model.embed_tokens",
+  "layers": "model.layers",
+  "norm": "model.norm",
+  "attention": "self_attn",
+  "input_norm": "input_layernorm",
+  "post_attention_norm": "post_attention_layernorm",
+  "embedding": "weight",
+  "kernel": "weight",
+  "scale": "weight",
+}
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+  """The parsed config.json of a checkpoint folder and the ModelConfig it describes.
+
+  Raises:
+    CheckpointError: config.json is missing, or holds nonsense.
+    NotImplementedError: it asks for something that is not covered.
+  """
+  file, generation_file = folder / "config.json", folder / "generation_config.json"
+  hf = read_json(file)
+  # Chat models end a turn with tokens that only generation_config.json lists.
+  generation = read_json(generation_file) if generation_file.exists() else {}
+  try:
+    config = ModelConfig.from_hf(hf)
+    return hf, dataclasses.replace(
+      config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids
+    )
+  except ValueError as error:
+    raise CheckpointError(f"{file}: {error}") from None
+
+
+def tensor_name(path: tuple[Any, ...]) -> str:
+  """The Hugging Face name of a module or parameter: ("layers", 0, "mlp", "up_proj") is model.layers.0.mlp.up_proj."""
+  return ".".join(_SEGMENTS.get(str(segment), str(segment)) for segment in path)
+
+
+def abstract_decoder(config: ModelConfig, dtype: DTypeLike, quantized: Mapping[str, QuantSpec]) -> Decoder:
+  """A Decoder of shapes without values, with a QuantLinear for each module whose Hugging Face name is in `quantized`.
+
+  Raises:
+    CheckpointError: a name in `quantized` is no dense layer of the model, or its group size does not divide K.
+  """
+
+  def build() -> Decoder:
+    model = Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    layers = dense_layers(model)
+    for name, spec in quantized.items():
+      if name not in layers:
+        raise CheckpointError(
+          f"{name} is quantized in the checkpoint, but {config.architecture} has no such dense layer"
+        )
+      path, linear = layers[name]
+      try:
+        layer = QuantLinear(
+          linear.in_features,
+          linear.out_features,
+          use_bias=linear.use_bias,
+          dtype=dtype,
+          param_dtype=dtype,
+          spec=spec,
+          rngs=nnx.Rngs(0),
+        )
+      except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+      parent = model
+      for segment in path[:-1]:
+        parent = parent[segment] if isinstance(segment, int) else getattr(parent, segment)
+      setattr(parent, path[-1], layer)
+    return model
+
+  return nnx.eval_shape(build)
+
+
+def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]]:
+  """Hugging Face name -> (path, layer) of every `nnx.Linear` in the model."""
+  return {
+    tensor_name(path): (path, module) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)
+  }
+
+
+def fill(model: Decoder, checkpoint: Checkpoint, dtype: DTypeLike, device: jax.Device | None) -> Decoder:
+  """The abstract `model` with every parameter read from the checkpoint, one tensor at a time.
+
+  A dense weight is stored [out, in] and becomes a kernel [in, out]; quantized tensors are taken as they are.
+  Names and shapes of all tensors are checked before the first is read.
+
+  Raises:
+    CheckpointError: a tensor is missing, unexpected, of the wrong shape or dtype, or holds NaN or infinite values.
+  """
+  check_names_and_shapes(model, checkpoint)
+  graphdef, state = nnx.split(model)
+  filled = []
+  for path, variable in nnx.to_flat_state(state):
+    name = tensor_name(path)
+    if path[-1] == "qweight":
+      array = _read_words(checkpoint, name, device)
+    elif path[-1] == "scales":
+      array = read_float(checkpoint, name, None, device)
+    else:
+      array = read_float(checkpoint, name, dtype, device)
+    filled.append((path, variable.replace(array.T if path[-1] == "kernel" else array)))
+  return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device: jax.Device | None) -> jax.Array:
+  """One floating-point tensor on `device`, as `dtype` (None: as stored).
+
+  Raises:
+    CheckpointError: it is not bfloat16, float16 or float32, or it holds NaN or infinite values, if only after the cast.
+  """
+  tensor = checkpoint[name]
+  if tensor.dtype not in (jnp.bfloat16, np.float16, np.float32):
+    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be bfloat16, float16 or float32")
+  array = jax.device_put(tensor, device).astype(dtype or tensor.dtype)
+  if not jnp.isfinite(array).all():
+    raise CheckpointError(
+      f"{checkpoint.folder}: tensor {name} has NaN or infinite values as {array.dtype}, must be finite"
+    )
+  return array
+
+
+def _read_words(checkpoint: Checkpoint, name: str, device: jax.Device | None) -> jax.Array:
+  tensor = checkpoint[name]
+  if tensor.dtype != np.int16:
+    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be int16")
+  return jax.device_put(tensor, device)
+
+
+def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint) -> None:
+  """Hold the names and shapes in the files' headers against those of the model; reads no weights.
+
+  Raises:
+    CheckpointError: a tensor is missing, unexpected or of another shape.
+  """
+  expected = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    name, shape = tensor_name(path), tuple(variable.shape)
+    expected[name] = shape[::-1] if path[-1] == "kernel" else shape
+  for name, shape in expected.items():
+    if name not in checkpoint:
+      raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {shape} is missing")
+    if checkpoint.shape(name) != shape:
+      raise CheckpointError(f"{checkpoint.folder}: tensor {name} has shape {checkpoint.shape(name)}, must have {shape}")
+  for name in checkpoint:
+    if name in expected or name.endswith(".rotary_emb.inv_freq"):  # a buffer that old Llama checkpoints carry along
+      continue
+    if model.config.tie_word_embeddings and name == "lm_head.weight":
+      # Some files of tied models repeat the embedding under this name; another matrix there would be lost silently.
+      if not np.array_equal(checkpoint[name], checkpoint["model.embed_tokens.weight"]):
+        raise CheckpointError(
+          f"{checkpoint.folder}: lm_head.weight differs from model.embed_tokens.weight, must equal "
+          "it since the config has tie_word_embeddings"
+        )
+      continue
+    raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {checkpoint.shape(name)} is unexpected")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors in and out: one file, or shards with an index, one tensor in memory at a time."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (teaches numpy, and through it safetensors, bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from marlin_jax.checkpoint.folder import CheckpointError, find_folder, read_json, write_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+  """The tensors of a checkpoint folder by name. Files are memory-mapped; indexing reads one tensor.
+
+  Which file holds what is checked on opening: index and shards must tell the same story.
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if index.exists() and single.exists():
+      raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, must have one of them")
+    if index.exists():
+      self._files = _open_shards(folder, index)
+    elif single.exists():
+      handle = _open(_inside(folder, SINGLE_FILE))
+      self._files = dict.fromkeys(handle.keys(), handle)
+    else:
+      raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, must have one of them")
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._files:
+      raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+    return self._files[name].get_tensor(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._files
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, read from the file's header."""
+    return tuple(self._files[name].get_slice(name).get_shape())
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+  """The tensors of a checkpoint folder, or of a Hub model in the local cache, by name; no tensor is read yet.
+
+  Raises:
+    CheckpointError: no weights, a missing or truncated shard, an index that contradicts the shards or points outside
+      the folder.
+  """
+  return Checkpoint(find_folder(path))
+
+
+class ShardWriter:
+  """Writes tensors into `folder` as model-0000i-of-0000n.safetensors with an index, or as one model.safetensors.
+
+  Tensors are held until a shard is full (`max_shard_bytes`), so memory holds one shard and not the model.
+  """
+
+  def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30):
+    self._folder = folder
+    self._max_shard_bytes = max_shard_bytes
+    self._pending: dict[str, np.ndarray] = {}
+    self._pending_bytes = 0
+    self._shards: list[list[str]] = []
+    self._total_bytes = 0
+
+  def add(self, name: str, tensor: np.ndarray) -> None:
+    """Write a tensor, now or when its shard is full."""
+    if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
+      self._flush()
+    # The format stores rows in order, and the library writes a transposed view's memory as it lies.
+    self._pending[name] = np.ascontiguousarray(tensor)
+    self._pending_bytes += tensor.nbytes
+    self._total_bytes += tensor.nbytes
+
+  def close(self) -> None:
+    """Write what is pending, give the shards their final names, and write the index."""
+    self._flush()
+    count = len(self._shards)
+    if count == 1:
+      self._temporary(0).rename(self._folder / SINGLE_FILE)
+      return
+    weight_map = {}
+    for i, names in enumerate(self._shards):
+      file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+      self._temporary(i).rename(self._folder / file)
+      weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(self._folder / INDEX_FILE, index)
+
+  def _flush(self) -> None:
+    save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "np"})
+    self._shards.append(list(self._pending))
+    self._pending, self._pending_bytes = {}, 0
+
+  def _temporary(self, shard: int) -> Path:
+    """A shard's name until the number of shards, which is part of every final name, is known."""
+    return self._folder / f"shard-{shard}.safetensors"
+
+
+def _open_shards(folder: Path, index: Path) -> dict[str, safe_open]:
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    raise CheckpointError(f"{index}: weight_map must be an object that gives a file name for each tensor")
+  files: dict[str, safe_open] = {}
+  found_in: dict[str, str] = {}
+  for file in sorted(set(weight_map.values())):
+    handle = _open(_inside(folder, file))
+    for name in handle.keys():  # noqa: SIM118  (a safetensors file, not a dict)
+      if name in found_in:
+        raise CheckpointError(f"{folder}: tensor {name} is in two shards, {found_in[name]} and {file}")
+      if weight_map.get(name) != file:
+        raise CheckpointError(f"{folder / file} holds tensor {name}, which {INDEX_FILE} does not place there")
+      files[name], found_in[name] = handle, file
+  for name, file in weight_map.items():
+    if name not in files:
+      raise CheckpointError(f"{folder / file} lacks tensor {name}, which {INDEX_FILE} places there")
+  return files
+
+
+def _inside(folder: Path, file: str) -> Path:
+  """folder / file, refused if that leads out of the folder.
+
+  In the Hub's cache a snapshot is a folder of links into the model's `blobs` folder: that one step out is allowed.
+  """
+  root = folder.resolve()
+  roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
+  target = (folder / file).resolve()
+  if not any(target.is_relative_to(allowed) for allowed in roots):
+    raise CheckpointError(f"{folder}: shard {file!r} lies outside the folder, at {target}")
+  return folder / file
+
+
+def _open(file: Path) -> safe_open:
+  try:
+    return safe_open(file, framework="np")
+  except FileNotFoundError:
+    raise CheckpointError(f"{file} is missing") from None
+  except (SafetensorError, OSError) as error:
+    raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None

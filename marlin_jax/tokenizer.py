@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, by the `tokenizers` library and the tokenizer.json of a checkpoint."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+  """The tokenizer of a model; equal and hashed by content, because a Flax model keeps it as static data.
+
+  Holds the checkpoint's tokenizer files as they were, so that saving a model writes them back unchanged.
+  """
+
+  def __init__(self, files: Mapping[str, str]):
+    self._files = tuple(sorted(files.items()))
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    except Exception as error:  # the library raises plain Exception
+      raise ValueError(f"tokenizer.json is not a tokenizer that the tokenizers library reads: {error}") from None
+
+  @classmethod
+  def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+    """The tokenizer in a checkpoint folder.
+
+    Raises:
+      ValueError: tokenizer.json is missing or malformed.
+    """
+    files = {name: Path(folder, name) for name in TOKENIZER_FILES}
+    if not files["tokenizer.json"].is_file():
+      raise ValueError(f"{files['tokenizer.json']} is missing")
+    return cls({name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()})
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Write the tokenizer files into `folder`."""
+    for name, text in self._files:
+      Path(folder, name).write_text(text, encoding="utf-8")
+
+  @property
+  def vocab_size(self) -> int:
+    """One more than the largest token id, special tokens included."""
+    return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+  def token_id(self, token: str) -> int | None:
+    """The id of one token given as it is written in the vocabulary, such as "</s>", or None."""
+    return self._tokenizer.token_to_id(token)
+
+  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of `text`, with what the tokenizer's template puts around it (usually a beginning-of-text token)."""
+    return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of `ids` without special tokens; bytes that form no character become U+FFFD."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def stream(self) -> "TextStream":
+    """A decoder that takes ids as they come."""
+    return TextStream(self)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Tokenizer) and self._files == other._files
+
+  def __hash__(self) -> int:
+    return hash(self._files)
+
+  def __repr__(self) -> str:
+    return f"Tokenizer(vocab_size={self.vocab_size})"
+
+
+class TextStream:
+  """Decodes one row of ids piece by piece: the joined pieces of `add` and `finish` are `decode` of all ids.
+
+  A character whose bytes are spread over several tokens comes out with the last of them.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._decode = tokenizer.decode
+    self._tokenizer = tokenizer._tokenizer
+    self._stream = DecodeStream(skip_special_tokens=True)
+    self._ids: list[int] = []
+    self._length = 0
+
+  def add(self, ids: Iterable[int]) -> str:
+    """The text that these further ids complete; may be empty."""
+    pieces = []
+    for token in map(int, ids):
+      self._ids.append(token)
+      pieces.append(self._stream.step(self._tokenizer, token) or "")
+    text = "".join(pieces)
+    self._length += len(text)
+    return text
+
+  def finish(self) -> str:
+    """The text still held back: bytes at the end that never became a character."""
+    return self._decode(self._ids)[self._length :]
