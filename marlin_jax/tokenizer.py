@@ -2,11 +2,11 @@
 """Text to token ids and back, by the `tokenizers` library and the tokenizer.json of a checkpoint."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -23,6 +23,8 @@ class Tokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # the library raises plain Exception
       raise ValueError(f"tokenizer.json is not a tokenizer that the tokenizers library reads: {error}") from None
+    added = self._tokenizer.get_added_tokens_decoder()
+    self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
@@ -58,6 +60,14 @@ class Tokenizer:
     """The text of `ids` without special tokens; bytes that form no character become U+FFFD."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  def is_visible(self, token: int) -> bool:
+    """Whether a token id takes part in `decode`: it is in the vocabulary and not special."""
+    return token not in self._special_ids and self._tokenizer.id_to_token(token) is not None
+
+  def is_byte(self, token: int) -> bool:
+    """Whether a token id is a byte-fallback token, <0x00> to <0xFF>: one byte of a character not in the vocabulary."""
+    return re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(token) or "") is not None
+
   def stream(self) -> "TextStream":
     """A decoder that takes ids as they come."""
     return TextStream(self)
@@ -75,26 +85,33 @@ class Tokenizer:
 class TextStream:
   """Decodes one row of ids piece by piece: the joined pieces of `add` and `finish` are `decode` of all ids.
 
-  A character whose bytes are spread over several tokens comes out with the last of them.
+  A character whose bytes are spread over several tokens comes out with the last of them. Byte tokens such as <0xF0>
+  are held until another kind of token follows: one byte that fits nowhere spoils the whole run of them.
   """
 
   def __init__(self, tokenizer: Tokenizer):
-    self._decode = tokenizer.decode
-    self._tokenizer = tokenizer._tokenizer
-    self._stream = DecodeStream(skip_special_tokens=True)
-    self._ids: list[int] = []
-    self._length = 0
+    self._tokenizer = tokenizer
+    # Decoders treat the first token in their own way (a leading space goes), so a piece is decoded after its neighbour.
+    self._previous: list[int] = []
+    self._pending: list[int] = []
 
   def add(self, ids: Iterable[int]) -> str:
     """The text that these further ids complete; may be empty."""
     pieces = []
     for token in map(int, ids):
-      self._ids.append(token)
-      pieces.append(self._stream.step(self._tokenizer, token) or "")
-    text = "".join(pieces)
-    self._length += len(text)
-    return text
+      if not self._tokenizer.is_visible(token):
+        continue
+      self._pending.append(token)
+      text = self._pending_text()
+      if text and not text.endswith("\N{REPLACEMENT CHARACTER}") and not self._tokenizer.is_byte(token):
+        pieces.append(text)
+        self._previous, self._pending = self._pending, []
+    return "".join(pieces)
 
   def finish(self) -> str:
-    """The text still held back: bytes at the end that never became a character."""
-    return self._decode(self._ids)[self._length :]
+    """The text still held back."""
+    return self._pending_text()
+
+  def _pending_text(self) -> str:
+    before = self._tokenizer.decode(self._previous)
+    return self._tokenizer.decode(self._previous + self._pending)[len(before) :]

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import CheckpointError, read_json
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.models.config import ModelConfig, token_ids
+from marlin_jax.models.config import ModelConfig, read_eos
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.quantized import QuantSpec
@@ -46,9 +46,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
   generation = read_json(generation_file) if generation_file.exists() else {}
   try:
     config = ModelConfig.from_hf(hf)
-    return hf, dataclasses.replace(
-      config, eos_token_ids=token_ids(generation.get("eos_token_id")) or config.eos_token_ids
-    )
+    return hf, dataclasses.replace(config, eos_token_ids=read_eos(generation) or config.eos_token_ids)
   except ValueError as error:
     raise CheckpointError(f"{file}: {error}") from None
 

@@ -6,7 +6,7 @@ wrote `rope_theta`, `rope_scaling` and `torch_dtype`. Both are read. Every key t
 either understood or refused by name: a config that is almost understood gives fluent nonsense.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
   "num_local_experts": (None, 0),
   "is_encoder_decoder": (None, False),
 }
+
+_REQUIRED = object()
 
 _POSITIVE_INTS = (
   "vocab_size",
@@ -115,14 +117,6 @@ class ModelConfig:
       raise ValueError(
         f"sliding_windows has {len(self.sliding_windows)} entries, must have {self.num_layers}, one a layer"
       )
-    for window in self.sliding_windows:
-      if window is not None:
-        _check_positive_int("sliding_window", window)
-    for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
-      _check_bool(name, getattr(self, name))
-    for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
-      if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
-        raise ValueError(f"a special token id is {token!r}, must be an integer")
 
   @classmethod
   def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -139,35 +133,34 @@ class ModelConfig:
     if "AutoModelForCausalLM" in (hf.get("auto_map") or {}):
       raise NotImplementedError("config: auto_map names model code of the checkpoint's own, which is never run")
     model_type, default_head_dim = ARCHITECTURES[architecture]
-    num_layers = _required(hf, "num_hidden_layers")
-    _check_positive_int("num_hidden_layers", num_layers)
+    num_layers = _read(hf, "num_hidden_layers", _check_positive_int)
+    num_heads = _read(hf, "num_attention_heads", _check_positive_int)
+    hidden_size = _read(hf, "hidden_size", _check_positive_int)
+    head_dim = _read(hf, "head_dim", _check_positive_int, default_head_dim or hidden_size // num_heads)
+    has_attention_bias = model_type in ("llama", "qwen3") and _read(hf, "attention_bias", _check_bool, False)
     rope_theta, rope_scaling = _rope(hf)
-    num_heads = _required(hf, "num_attention_heads")
-    _check_positive_int("num_attention_heads", num_heads)
-    num_kv_heads, head_dim = hf.get("num_key_value_heads"), hf.get("head_dim", default_head_dim)
-    attention_bias = hf.get("attention_bias", False) if model_type in ("llama", "qwen3") else False
     return cls(
       architecture=architecture,
-      vocab_size=_required(hf, "vocab_size"),
-      hidden_size=_required(hf, "hidden_size"),
-      intermediate_size=_required(hf, "intermediate_size"),
+      vocab_size=_read(hf, "vocab_size", _check_positive_int),
+      hidden_size=hidden_size,
+      intermediate_size=_read(hf, "intermediate_size", _check_positive_int),
       num_layers=num_layers,
       num_heads=num_heads,
-      num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-      head_dim=_required(hf, "hidden_size") // num_heads if head_dim is None else head_dim,
-      max_position_embeddings=_required(hf, "max_position_embeddings"),
-      rms_norm_eps=_required(hf, "rms_norm_eps"),
+      num_kv_heads=_read(hf, "num_key_value_heads", _check_positive_int, num_heads),
+      head_dim=head_dim,
+      max_position_embeddings=_read(hf, "max_position_embeddings", _check_positive_int),
+      rms_norm_eps=_read(hf, "rms_norm_eps", _check_positive_number),
       rope_theta=rope_theta,
       rope_scaling=rope_scaling,
       sliding_windows=_sliding_windows(hf, model_type, num_layers),
-      tie_word_embeddings=hf.get("tie_word_embeddings", False),
-      qkv_bias=True if model_type == "qwen2" else attention_bias,
-      output_bias=attention_bias,
-      mlp_bias=hf.get("mlp_bias", False) if model_type == "llama" else False,
+      tie_word_embeddings=_read(hf, "tie_word_embeddings", _check_bool, False),
+      qkv_bias=model_type == "qwen2" or has_attention_bias,
+      output_bias=has_attention_bias,
+      mlp_bias=model_type == "llama" and _read(hf, "mlp_bias", _check_bool, False),
       qk_norm=model_type == "qwen3",
-      bos_token_id=hf.get("bos_token_id"),
-      eos_token_ids=token_ids(hf.get("eos_token_id")),
-      pad_token_id=hf.get("pad_token_id"),
+      bos_token_id=_read(hf, "bos_token_id", _check_token_id, None),
+      eos_token_ids=read_eos(hf),
+      pad_token_id=_read(hf, "pad_token_id", _check_token_id, None),
     )
 
   def to_hf(self) -> dict[str, Any]:
@@ -215,11 +208,17 @@ class ModelConfig:
     return hf
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-  """The `eos_token_id` of a config, which is one id, a list of ids or null, as a tuple."""
-  if value is None:
-    return ()
-  return tuple(value) if isinstance(value, list) else (value,)
+def read_eos(hf: Mapping[str, Any]) -> tuple[int, ...]:
+  """The `eos_token_id` of a config.json or generation_config.json: one id, a list of ids, or null.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  value = hf.get("eos_token_id")
+  ids = [] if value is None else value if isinstance(value, list) else [value]
+  for token in ids:
+    _check_token_id("eos_token_id", token)
+  return tuple(ids)
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
@@ -250,12 +249,13 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     raise ValueError(f"config: {key} is {rope!r}, must be an object")
   if hf.get("rope_parameters") and hf.get("rope_scaling"):
     raise ValueError("config: has both rope_parameters and rope_scaling, must have one of them")
-  theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-  if hf.get("rope_theta", theta) != theta:
-    raise ValueError(f"config: rope_theta is both {hf['rope_theta']} and {theta}, must be one number")
+  outer_theta = _read(hf, "rope_theta", _check_positive_number, None)
+  theta = _read(rope, "rope_theta", _check_positive_number, outer_theta or 10000.0)
+  if outer_theta not in (None, theta):
+    raise ValueError(f"config: rope_theta is both {outer_theta} and {theta}, must be one number")
   rope_type = rope.get("rope_type", rope.get("type", "default"))
-  fields = {"default": (), "llama3": Llama3Rope.__slots__}.get(rope_type)
-  if fields is None:
+  fields = Llama3Rope.__slots__ if rope_type == "llama3" else ()
+  if rope_type not in ("default", "llama3"):
     raise NotImplementedError(f"config: rope_type {rope_type!r} is not supported, only 'default' and 'llama3' are")
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise NotImplementedError(
@@ -273,48 +273,58 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
 
 
 def _sliding_windows(hf: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
-  if model_type == "llama":
-    if hf.get("sliding_window") is not None:
-      raise NotImplementedError(f"config: sliding_window {hf['sliding_window']!r} in a llama is not supported")
-    windows = (None,) * num_layers
-  elif model_type == "mistral":
-    # 4096 is what the model class takes when the key is absent; null switches the window off.
-    windows = (hf.get("sliding_window", 4096),) * num_layers
-  else:
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+  # 4096 is what the model classes take when the key is absent; null switches the window off.
+  window = hf.get("sliding_window", None if model_type == "llama" else 4096)
+  if window is not None:
+    _check_positive_int("sliding_window", window)
+  if model_type == "llama" and window is not None:
+    raise NotImplementedError(f"config: sliding_window {window} in a llama is not supported")
+  if model_type in ("qwen2", "qwen3"):
+    if not _read(hf, "use_sliding_window", _check_bool, False):
+      window = None
     first = hf.get("max_window_layers", 28)
+    if not isinstance(first, int):
+      raise ValueError(f"config: max_window_layers is {first!r}, must be an integer")
     windows = tuple(window if layer >= first else None for layer in range(num_layers))
-  if hf.get("layer_types") is None:
-    return windows
-  return _windows_of_layer_types(hf, model_type, windows)
+  else:
+    windows = (window,) * num_layers
+  types = hf.get("layer_types")
+  return windows if types is None else _windows_of_layer_types(types, model_type, window, windows)
 
 
 def _windows_of_layer_types(
-  hf: Mapping[str, Any], model_type: str, windows: tuple[int | None, ...]
+  types: Any, model_type: str, window: int | None, windows: tuple[int | None, ...]
 ) -> tuple[int | None, ...]:
-  types = hf["layer_types"]
-  unknown = set(types) - {"full_attention", "sliding_attention"}
+  if not isinstance(types, list) or len(types) != len(windows):
+    raise ValueError(f"config: layer_types is {types!r}, must be a list of {len(windows)} entries, one a layer")
+  unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
   if unknown:
     raise NotImplementedError(
-      f"config: layer_types {sorted(unknown)} are not supported, only 'full_attention' and 'sliding_attention' are"
+      f"config: layer type {unknown[0]!r} is not supported, only 'full_attention' and 'sliding_attention' are"
     )
-  if len(types) != len(windows):
-    raise ValueError(f"config: layer_types has {len(types)} entries, must have {len(windows)}, one a layer")
-  if model_type in ("llama", "mistral"):
-    # These two classes do not read layer_types, so a list that says something else is not to be trusted.
-    if [window is not None for window in windows] != [kind == "sliding_attention" for kind in types]:
-      raise NotImplementedError(f"config: layer_types of a {model_type} that contradict its sliding_window")
-    return windows
-  window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
   if "sliding_attention" in types and window is None:
     raise ValueError("config: layer_types has 'sliding_attention', but there is no sliding_window in use")
-  return tuple(window if kind == "sliding_attention" else None for kind in types)
+  by_type = tuple(window if kind == "sliding_attention" else None for kind in types)
+  if model_type in ("llama", "mistral") and by_type != windows:
+    # These two classes do not read layer_types, so a list that says something else is not to be trusted.
+    raise NotImplementedError(f"config: layer_types of a {model_type} that contradict its sliding_window {window}")
+  return by_type
 
 
-def _required(hf: Mapping[str, Any], key: str) -> Any:
-  if hf.get(key) is None:
-    raise ValueError(f"config: {key} is missing")
-  return hf[key]
+def _read(hf: Mapping[str, Any], key: str, check: Callable[[str, Any], None], default: Any = _REQUIRED) -> Any:
+  """hf[key], checked; the default where it is absent or null."""
+  value = hf.get(key)
+  if value is None:
+    if default is _REQUIRED:
+      raise ValueError(f"config: {key} is missing")
+    return default
+  check(key, value)
+  return value
+
+
+def _check_token_id(name: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    raise ValueError(f"{name} is {value!r}, must be a token id")
 
 
 def _check_positive_int(name: str, value: Any) -> None:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax.checkpoint import load_model
+from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig
+from marlin_jax.models.kv_cache import write
+from marlin_jax.models.layers import attend, rope_frequencies, rotate
+
+DATA = Path(__file__).parents[2] / "data"
+CHECKPOINTS = ["llama-bf16", "llama3rope-tied-bf16", "mistral-sharded-bf16", "qwen2-bf16", "qwen3-bf16"]
+
+TINY = ModelConfig(
+  vocab_size=32,
+  hidden_size=16,
+  intermediate_size=32,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_position_embeddings=64,
+)
+
+
+def tiny(**changes) -> Decoder:
+  config = dataclasses.replace(TINY, **changes)
+  return Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def recorded(request):
+  folder = DATA / request.param
+  return folder, np.load(folder / "logits_fp32.npz"), np.load(folder / "logits_bf16.npz")
+
+
+def test_float32_logits_are_the_recorded_ones(recorded):
+  folder, fp32, _ = recorded
+  logits = load_model(folder, dtype=jnp.float32)(jnp.asarray(fp32["input_ids"], jnp.int32))
+  np.testing.assert_allclose(logits, fp32["logits"], rtol=0, atol=1e-4)
+
+
+def test_bfloat16_logits_are_as_close_to_float32_as_the_reference_s(recorded):
+  folder, fp32, bf16 = recorded
+  logits = load_model(folder)(jnp.asarray(fp32["input_ids"], jnp.int32))
+  ours, theirs = (np.sqrt(np.mean((x - fp32["logits"]) ** 2)) for x in (np.asarray(logits), bf16["logits"]))
+  assert 0 < ours <= theirs
+
+
+def test_greedy_tokens_through_the_cache_are_the_recorded_ones(recorded):
+  folder, fp32, _ = recorded
+  graphdef, weights = nnx.split(load_model(folder, dtype=jnp.float32))
+
+  @partial(jax.jit, donate_argnums=3)
+  def step(weights, tokens, start, cache):
+    model = nnx.merge(graphdef, weights)
+    hidden, cache = model.hidden(tokens, start, cache)
+    return jnp.argmax(model.logits(hidden[:, -1]), axis=-1), cache
+
+  tokens = jnp.asarray(fp32["input_ids"], jnp.int32)
+  (rows, length), steps = tokens.shape, 16
+  cache = KVCache.empty(nnx.merge(graphdef, weights).config, rows, length + steps, jnp.float32)
+  chosen, cache = step(weights, tokens, jnp.zeros(rows, jnp.int32), cache)
+  generated = [chosen]
+  for i in range(steps - 1):
+    chosen, cache = step(weights, chosen[:, None], jnp.full(rows, length + i, jnp.int32), cache)
+    generated.append(chosen)
+  np.testing.assert_array_equal(np.stack(generated, axis=1), fp32["greedy_ids"][:, length:])
+
+
+@pytest.mark.parametrize("windows", [(None, None), (3, None)])
+def test_rows_of_different_lengths_share_a_cache(windows):
+  # Row 0 continues at position 5, row 1 at position 2; its padding was written to 2.. and must be overwritten unseen.
+  model = tiny(sliding_windows=windows)
+  rows = np.random.default_rng(0).integers(0, 32, (2, 9)).astype(np.int32)
+  lengths = jnp.array([5, 2], jnp.int32)
+  prompt = jnp.where(jnp.arange(5) < lengths[:, None], rows[:, :5], 0)
+  _, cache = model.hidden(prompt, jnp.zeros(2, jnp.int32), KVCache.empty(model.config, 2, 9, jnp.float32))
+  rest = jnp.stack([rows[0, 5:9], rows[1, 2:6]])
+  hidden, _ = model.hidden(rest, lengths, cache)
+  logits = model.logits(hidden)
+  full = model(jnp.asarray(rows))
+  np.testing.assert_allclose(logits[0], full[0, 5:9], atol=1e-5)
+  np.testing.assert_allclose(logits[1], full[1, 2:6], atol=1e-5)
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+  model = tiny()
+  tokens = jnp.arange(8)[None]
+  np.testing.assert_array_equal(model(tokens)[:, :5], model(tokens.at[:, 5:].set(31))[:, :5])
+
+
+def test_a_sliding_window_forgets():
+  # Two layers with windows of 3 reach back 4 positions together: token 0 reaches the logits of token 4 and no further.
+  model = tiny(sliding_windows=(3, 3))
+  tokens = jnp.arange(8)[None]
+  before, after = model(tokens), model(tokens.at[0, 0].set(31))
+  assert (before[0, 4] != after[0, 4]).any()
+  np.testing.assert_array_equal(before[0, 5:], after[0, 5:])
+
+
+def test_gradients_reach_every_parameter():
+  model = tiny(qk_norm=True, qkv_bias=True, mlp_bias=True, output_bias=True)
+
+  def loss(model):
+    return -jax.nn.log_softmax(model(jnp.arange(6)[None]))[..., 3].mean()
+
+  for path, gradient in nnx.to_flat_state(nnx.grad(loss)(model)):
+    assert np.isfinite(gradient[...]).all() and (gradient[...] != 0).any(), path
+
+
+def test_the_tied_head_is_the_embedding():
+  model = tiny(tie_word_embeddings=True)
+  assert not hasattr(model, "lm_head")
+  hidden = jnp.ones((3, 16), jnp.float32)
+  np.testing.assert_allclose(model.logits(hidden), hidden @ model.embed.embedding[...].T, atol=1e-6)
+
+
+def test_every_dense_layer_is_an_nnx_linear():
+  names = {path[-1] for path, module in nnx.iter_modules(tiny()) if isinstance(module, nnx.Linear)}
+  assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+
+
+def test_attend_is_the_textbook_formula_a_head_at_a_time():
+  rng = np.random.default_rng(0)
+  queries, keys, values = (
+    rng.standard_normal(s).astype(np.float32) for s in [(1, 2, 4, 8), (1, 5, 2, 8), (1, 5, 2, 8)]
+  )
+  out = attend(*map(jnp.asarray, (queries, keys, values)), positions=jnp.array([[2, 3]]), window=2)
+  for t, position in enumerate((2, 3)):
+    seen = slice(position - 1, position + 1)
+    for head in range(4):
+      scores = queries[0, t, head] @ keys[0, seen, head // 2].T / np.sqrt(8)
+      weights = np.exp(scores) / np.exp(scores).sum()
+      expected = weights @ values[0, seen, head // 2]
+      np.testing.assert_allclose(out[0, t, 8 * head : 8 * head + 8], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rotation_depends_on_the_distance_only():
+  rng = np.random.default_rng(0)
+  query, key = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
+  frequencies = rope_frequencies(TINY)
+  scores = [
+    jnp.vdot(rotate(query, jnp.array([[p + 3]]), frequencies), rotate(key, jnp.array([[p]]), frequencies))
+    for p in (0, 11)
+  ]
+  np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+  scaling = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+  plain = rope_frequencies(dataclasses.replace(TINY, head_dim=64))
+  scaled = rope_frequencies(dataclasses.replace(TINY, head_dim=64, rope_scaling=scaling))
+  turns = 64 * plain / (2 * np.pi)
+  np.testing.assert_array_equal(scaled[turns >= 4], plain[turns >= 4])
+  np.testing.assert_array_equal(scaled[turns <= 1], plain[turns <= 1] / 8)
+  between = (turns > 1) & (turns < 4)
+  assert between.any() and (scaled < plain)[between].all() and (scaled > plain / 8)[between].all()
+
+
+def test_write_drops_what_lies_beyond_the_buffer():
+  buffer, new = jnp.zeros((2, 4, 1, 1)), jnp.arange(1.0, 7.0).reshape(2, 3, 1, 1)
+  written = write(buffer, new, jnp.array([1, 3], jnp.int32))[..., 0, 0]
+  np.testing.assert_array_equal(written, [[0, 1, 2, 3], [0, 0, 0, 4]])
+
+
+def test_a_token_beyond_the_cache_stays_finite():
+  model = tiny(sliding_windows=(2, 2))
+  hidden, _ = model.hidden(jnp.ones((1, 8), jnp.int32), jnp.array([2]), KVCache.empty(model.config, 1, 4, jnp.float32))
+  assert np.isfinite(hidden).all()
+
+
+def test_a_cache_of_one_layer_too_few_is_refused():
+  model = tiny()
+  cache = KVCache.empty(dataclasses.replace(TINY, num_layers=1, sliding_windows=()), 1, 4, jnp.float32)
+  with pytest.raises(ValueError, match="shorter"):
+    model.hidden(jnp.ones((1, 1), jnp.int32), jnp.array([0]), cache)
