@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one entrance: picks the implementation of a problem, or says why none fits."""
 
-import warnings
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
@@ -78,7 +76,4 @@ def matmul(
   if implementation == "reference":
     return reference.matmul_reference(x, qweight, scales)
   config = tuning.triton_config(problem, device.num_sms)
-  with warnings.catch_warnings():
-    # JAX 0.11 warns at every lowering through Triton that it will not be developed further.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*[Tt]riton.*")
-    return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)
+  return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)

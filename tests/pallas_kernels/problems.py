@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matmul problems whose right answer is known, exactly where arithmetic allows it."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import layout
+
+
+def scales_of(rng, groups: int, n: int, dtype):
+  """Positive and negative scales whose groups differ visibly in size (drawn in float32, then cast)."""
+  magnitude = 0.02 * 4.0 ** rng.uniform(-1, 1, (groups, 1))
+  return jnp.asarray(magnitude * rng.uniform(0.5, 1.5, (groups, n)) * rng.choice([-1, 1], (groups, n)), dtype)
+
+
+def random(rng, m: int, k: int, n: int, groups: int, dtype):
+  """x, codes, scales: every code from 0 to 15 is as likely as every other."""
+  x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+  codes = jnp.asarray(rng.integers(0, 16, (k, n)), jnp.int8)
+  return x, codes, scales_of(rng, groups, n, dtype)
+
+
+def exact_scales(rng, groups: int, n: int, dtype):
+  """Powers of two: products and sums with them are exact."""
+  return jnp.asarray(rng.choice([0.25, 0.5, 1.0], (groups, n)), dtype)
+
+
+def cancel(rng, m: int, k: int, n: int, groups: int, dtype):
+  """Partial sums grow past 1e5, then all but a small integer cancels: any order of float32 additions is exact.
+
+  Rows k and k + K/2 of the weight are the same; x has 64 against -64 there, plus sixteen ones. Half precision anywhere
+  on the way, a dropped row, a wrong scale or a wrong code changes the result.
+  """
+  half = rng.integers(0, 16, (k // 2, n))
+  scales = np.repeat(np.asarray(exact_scales(rng, 1, n, jnp.float32)), groups, axis=0)
+  x = np.concatenate([np.full((m, k // 2), 64.0), np.full((m, k // 2), -64.0)], axis=1)
+  for row in range(m):
+    x[row, rng.choice(np.arange(k // 2, k), 16, replace=False)] += 1
+  return jnp.asarray(x, dtype), jnp.asarray(np.concatenate([half, half]), jnp.int8), jnp.asarray(scales, dtype)
+
+
+def expected(x, codes, scales) -> np.ndarray:
+  """The product in float64."""
+  k, n = codes.shape
+  w = (np.asarray(codes, np.float64) - 8).reshape(scales.shape[0], -1, n) * np.asarray(scales, np.float64)[:, None]
+  return np.asarray(x, np.float64) @ w.reshape(k, n)
+
+
+def assert_close(y, x, codes, scales):
+  """Worst row and worst column, in the 2-norm relative to float64, are within what rounding y once explains.
+
+  Rounding to nearest in bfloat16 (fp16) is off by at most 2^-8 (2^-11) of a value, by about 0.4 of that in the mean
+  square; float32 accumulation adds some 1e-6.
+  """
+  want = expected(x, codes, scales)
+  error = np.asarray(y, np.float64) - want
+  bound = 2.0 ** (-8 if y.dtype == jnp.bfloat16 else -11)
+  for axis in (0, 1):
+    worst = np.max(np.linalg.norm(error, axis=axis) / np.linalg.norm(want, axis=axis))
+    assert worst < bound, f"relative error {worst:.2e} along axis {axis} is not below {bound:.2e}"
+
+
+def packed(codes):
+  return layout.pack_codes(codes)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One suite for every implementation: in interpret mode on any machine, compiled where there is a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MatmulProblem, choose_implementation, hardware, layout, matmul
+from tests.pallas_kernels import problems
+
+BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
+M_SWEEP = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 129, 257)
+CUDA = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
+
+
+@pytest.fixture(
+  params=[
+    "reference",
+    "interpreted",
+    pytest.param("triton", marks=pytest.mark.gpu),
+  ]
+)
+def run(request):
+  """(x, codes, scales) -> y by one implementation."""
+  how = (
+    dict(implementation="triton", interpret=True)
+    if request.param == "interpreted"
+    else dict(implementation=request.param)
+  )
+  jitted = jax.jit(functools.partial(matmul, **how))
+  return lambda x, codes, scales: jitted(x, layout.pack_codes(codes), scales)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+@pytest.mark.parametrize("m", M_SWEEP)
+def test_random_problem_is_right(run, rng, m, group_size, dtype):
+  k, n = 256, 128
+  x, codes, scales = problems.random(rng, m, k, n, 1 if group_size is None else k // group_size, dtype)
+  y = run(x, codes, scales)
+  assert y.shape == (m, n) and y.dtype == dtype
+  if m:
+    problems.assert_close(y, x, codes, scales)
+
+
+@pytest.mark.parametrize(
+  "k, n, group_size", [(1, 1, None), (77, 93, None), (96, 65, 32), (192, 191, 64), (384, 63, 128)]
+)
+def test_odd_sizes_are_right(run, rng, k, n, group_size):
+  x, codes, scales = problems.random(rng, 5, k, n, 1 if group_size is None else k // group_size, BF16)
+  problems.assert_close(run(x, codes, scales), x, codes, scales)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+def test_identity_gives_the_weight_bit_by_bit(run, rng, group_size, dtype):
+  k, n = 256, 192
+  _, codes, scales = problems.random(rng, 1, k, n, 1 if group_size is None else k // group_size, dtype)
+  y = run(jnp.eye(k, dtype=dtype), codes, scales)
+  want = (np.asarray(codes, np.float32) - 8).reshape(scales.shape[0], -1, n) * np.asarray(scales, np.float32)[:, None]
+  np.testing.assert_array_equal(y, jnp.asarray(want.reshape(k, n)).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 33])
+def test_cancelling_sums_are_exact(run, rng, m, dtype):
+  x, codes, scales = problems.cancel(rng, m, 2048, 256, 16, dtype)
+  y = run(x, codes, scales)
+  np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("m", [8, 40])
+def test_rows_do_not_see_each_other_not_even_nan_and_inf(run, rng, m):
+  x, codes, scales = problems.random(rng, m, 256, 128, 2, BF16)
+  clean = run(x, codes, scales)
+  dirty = run(x.at[3, 7].set(jnp.nan).at[5, 200].set(jnp.inf), codes, scales)
+  others = np.setdiff1d(np.arange(m), [3, 5])
+  np.testing.assert_array_equal(dirty[others], clean[others])
+  assert jnp.isnan(dirty[3]).all()
+  assert not jnp.isfinite(dirty[5]).any()  # Inf times the weight zero is NaN, as IEEE 754 has it
+
+
+def test_a_nan_scale_stays_in_its_column(run, rng):
+  x, codes, scales = problems.random(rng, 4, 256, 128, 2, BF16)
+  y = run(x, codes, scales.at[1, 70].set(jnp.nan))
+  np.testing.assert_array_equal(jnp.isnan(y).any(0), np.arange(128) == 70)
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch_of_the_same_config(run, rng):
+  x, codes, scales = problems.random(rng, 16, 512, 128, 4, BF16)
+  whole = run(x, codes, scales)
+  for row in (0, 9, 15):
+    np.testing.assert_array_equal(run(x.at[:row].set(0).at[row + 1 :].set(0), codes, scales)[row], whole[row])
+
+
+def test_two_calls_give_the_same_bits(run, rng):
+  x, codes, scales = problems.random(rng, 17, 1024, 128, 8, BF16)
+  first = run(x, codes, scales)
+  for _ in range(3):
+    np.testing.assert_array_equal(run(x, codes, scales), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 129])
+def test_two_hundred_calls_on_the_gpu_give_the_same_bits(rng, m):
+  x, codes, scales = problems.random(rng, m, 2048, 1024, 16, BF16)
+  qweight = layout.pack_codes(codes)
+  run = jax.jit(matmul)
+  first = np.asarray(run(x, qweight, scales))
+  for _ in range(200):
+    np.testing.assert_array_equal(run(x, qweight, scales), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", (1, 16, 17, 64, 256))
+@pytest.mark.parametrize("k, n", [(4096, 4096), (8192, 28672)])
+def test_real_layers_are_exact_on_the_gpu(rng, m, k, n):
+  x, codes, scales = problems.cancel(rng, m, k, n, k // 128, BF16)
+  y = jax.jit(matmul)(x, layout.pack_codes(codes), scales)
+  want = jnp.dot(
+    x.astype(jnp.float32),
+    (codes.astype(jnp.float32) - 8) * scales.astype(jnp.float32)[:1],
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  np.testing.assert_array_equal(y, want.astype(BF16))
+
+
+def test_the_kernel_is_in_the_program_and_the_reference_is_not(lower_for_h200):
+  shape = jax.ShapeDtypeStruct
+  args = shape((16, 256), BF16), shape(layout.qweight_shape(256, 128), jnp.int16), shape((2, 128), BF16)
+  assert "__gpu$xla.gpu.triton" in lower_for_h200(matmul, *args)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(qweight=jnp.zeros((1, 2, 32, 32), jnp.int16)), r"qweight.shape=\(1, 2, 32, 32\) must be \(2, 4, 32, 32\)"),
+    (dict(scales=jnp.ones((3, 128), BF16)), "3 groups, which must divide k=256"),
+    (dict(implementation="cutlass"), "implementation='cutlass' must be one of"),
+  ],
+)
+def test_nonsense_is_a_value_error(change, message):
+  good = dict(x=jnp.ones((1, 256), BF16), qweight=jnp.zeros((2, 4, 32, 32), jnp.int16), scales=jnp.ones((2, 128), BF16))
+  args = good | change
+  with pytest.raises(ValueError, match=message):
+    matmul(args.pop("x"), args.pop("qweight"), args.pop("scales"), **args)
+
+
+def test_a_named_implementation_is_never_replaced(h200):
+  # 96 is a group size that the kernel has no steps for.
+  args = jnp.ones((1, 192), BF16), jnp.zeros(layout.qweight_shape(192, 64), jnp.int16), jnp.ones((2, 64), BF16)
+  with pytest.raises(NotImplementedError, match=r"'triton' does not cover.*group_size=96"):
+    matmul(*args, implementation="triton")
+
+
+def test_dispatch_is_a_table_of_devices():
+  problem = functools.partial(MatmulProblem, m=1, n=128, k=256, group_size=128)
+  cpu = hardware.Device(platform="cpu", kind="cpu", num_sms=0)
+  assert choose_implementation(problem(dtype=BF16), cpu) == "reference"
+  assert choose_implementation(problem(dtype=F32), cpu) == "reference"
+  assert choose_implementation(problem(dtype=BF16), CUDA) == "triton"
+  assert choose_implementation(problem(dtype=F16), CUDA) == "triton"
+  with pytest.raises(NotImplementedError, match="triton: x must be bfloat16 or float16, not float32"):
+    choose_implementation(problem(dtype=F32), CUDA)
+  with pytest.raises(NotImplementedError, match=r"more than 2\^31 elements"):
+    choose_implementation(MatmulProblem(m=1, n=2**17, k=2**17, group_size=128, dtype=BF16), CUDA)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton-lowered kernel beyond its shared suite: every config, lowered for an H200 and run in interpret mode."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax._src.pallas.triton.lowering as triton_lowering  # private: the only way to see the kernel's own IR
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MatmulProblem, layout, tuning
+from pallas_kernels.triton_matmul import TritonConfig, matmul_triton
+from tests.pallas_kernels import problems
+
+BF16 = jnp.dtype(jnp.bfloat16)
+CONFIG = TritonConfig(block_m=16, block_n=64, block_k=128, split_k=1, num_warps=4, num_stages=3)
+
+
+@pytest.fixture
+def kernel_ir(monkeypatch):
+  """The Triton IR of every kernel lowered in the test, passed through MLIR's verifier."""
+  texts = []
+  lower = triton_lowering.lower_jaxpr_to_triton_module
+
+  def verified(*args, **kwargs):
+    result = lower(*args, **kwargs)
+    assert result.module.operation.verify()
+    texts.append(str(result.module))
+    return result
+
+  monkeypatch.setattr(triton_lowering, "lower_jaxpr_to_triton_module", verified)
+  return texts
+
+
+@pytest.mark.parametrize("dtype, fma", [(jnp.bfloat16, "fma.rn.bf16x2"), (jnp.float16, "fma.rn.f16x2")])
+@pytest.mark.parametrize("m", [1, 17, 64, 257])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 4096])
+def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, kernel_ir, group_size, m, dtype, fma):
+  k, n = 4096, 28672 if m == 1 else 1088
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=jnp.dtype(dtype))
+  config = tuning.triton_config(problem, num_sms=132)
+  shape = jax.ShapeDtypeStruct
+  args = shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
+  lower_for_h200(functools.partial(matmul_triton, config=config), *args)
+  (text,) = kernel_ir
+  assert text.count("lop3.b32") == 4 and text.count(fma) == 4  # one assembly block a nibble plane
+  assert "sitofp" not in text and "uitofp" not in text  # no slow conversion anywhere
+  assert text.count("tt.dot") == 4 and "f32" in text
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(),
+    dict(block_m=32),
+    dict(block_n=128),
+    dict(block_n=256),
+    dict(block_k=64),
+    dict(block_k=32),
+    *(dict(split_k=split_k) for split_k in (2, 3, 5, 8)),
+    dict(block_m=64, block_n=128, block_k=64, split_k=3),
+  ],
+  ids=str,
+)
+def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
+  # K = 640 is five steps of 128: no split but 5 divides it, and with 8 three programs have nothing to do.
+  x, codes, scales = problems.cancel(rng, 33, 640, 192, 5, BF16)
+  config = dataclasses.replace(CONFIG, **change)
+  y = matmul_triton(x, problems.packed(codes), scales, config=config, interpret=True)
+  np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
+
+
+def test_partial_sums_are_float32(rng):
+  # Unscaled partial sums of 512 products 15 * 8000 are past the range of fp16; the result is not.
+  x = jnp.concatenate([jnp.full((1, 512), 8000), jnp.full((1, 512), -8000)], 1).astype(jnp.float16)
+  codes, scales = jnp.full((1024, 64), 15, jnp.int8), jnp.ones((8, 64), jnp.float16)
+  for split_k in (1, 2):
+    config = dataclasses.replace(CONFIG, split_k=split_k)
+    y = matmul_triton(x.at[0, 0].add(8), problems.packed(codes), scales, config=config, interpret=True)
+    np.testing.assert_array_equal(y, jnp.full((1, 64), 56, jnp.float16))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(block_m=24), "block_m=24 must be one of"),
+    (dict(block_n=32), "block_n=32 must be one of"),
+    (dict(block_k=256), "block_k=256 must be one of"),
+    (dict(num_warps=3), "num_warps=3 must be one of"),
+    (dict(split_k=0), "split_k=0 and num_stages=3 must be at least 1"),
+  ],
+)
+def test_a_config_checks_itself(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+def test_a_step_may_not_cross_groups(rng):
+  x, codes, scales = problems.random(rng, 1, 256, 64, 4, BF16)
+  with pytest.raises(ValueError, match="block_k=128 must divide group_size=64"):
+    matmul_triton(x, problems.packed(codes), scales, config=CONFIG, interpret=True)
+
+
+def test_heuristics_give_a_legal_config_for_every_problem():
+  for m, (k, n), group_size, num_sms in itertools.product(
+    (1, 16, 17, 65, 4096),
+    ((1, 1), (128, 64), (8192, 28672), (14336, 4096), (4096, 1088)),
+    (32, 128, None),
+    (4, 108, 132),
+  ):
+    group_size = k if group_size is None or k % group_size else group_size
+    problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16)
+    config = tuning.triton_config(problem, num_sms)
+    assert layout.padded_shape(k, n)[1] % config.block_n == 0
+    assert group_size == k or group_size % config.block_k == 0
+    assert config.split_k == 1 or k // config.split_k >= 512
