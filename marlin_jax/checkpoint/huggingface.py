@@ -133,7 +133,7 @@ def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, devic
   tensor = checkpoint[name]
   if tensor.dtype not in (jnp.bfloat16, np.float16, np.float32):
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be bfloat16, float16 or float32")
-  array = jax.device_put(tensor, device).astype(dtype or tensor.dtype)
+  array = jax.device_put(tensor, device).astype(tensor.dtype if dtype is None else dtype)
   if not jnp.isfinite(array).all():
     raise CheckpointError(
       f"{checkpoint.folder}: tensor {name} has NaN or infinite values as {array.dtype}, must be finite"

@@ -12,6 +12,7 @@ The layers that have a qweight are the quantized ones; quantization_config says 
 "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
 """
 
+import dataclasses
 import os
 import shutil
 from collections import Counter
@@ -69,9 +70,10 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str,
     )
   settings = {key: value for key, value in quantization.items() if key not in ("quant_method", "format_version")}
   exceptions = settings.pop("layers", {})
+  names = [name.removesuffix(".qweight") for name in checkpoint if name.endswith(".qweight")]
   try:
-    names = [name.removesuffix(".qweight") for name in checkpoint if name.endswith(".qweight")]
-    return {name: QuantSpec(**(settings | exceptions.get(name, {}))) for name in names}
+    common = QuantSpec(**settings)
+    return {name: dataclasses.replace(common, **exceptions.get(name, {})) for name in names}
   except (TypeError, ValueError, AttributeError) as error:
     raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
 

@@ -28,6 +28,8 @@ TINY = ModelConfig(
   max_position_embeddings=64,
 )
 
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
 
 def tiny(**changes) -> Decoder:
   config = dataclasses.replace(TINY, **changes)
@@ -42,13 +44,13 @@ def recorded(request):
 
 def test_float32_logits_are_the_recorded_ones(recorded):
   folder, fp32, _ = recorded
-  logits = load_model(folder, dtype=jnp.float32)(jnp.asarray(fp32["input_ids"], jnp.int32))
+  logits = forward(load_model(folder, dtype=jnp.float32), jnp.asarray(fp32["input_ids"], jnp.int32))
   np.testing.assert_allclose(logits, fp32["logits"], rtol=0, atol=1e-4)
 
 
 def test_bfloat16_logits_are_as_close_to_float32_as_the_reference_s(recorded):
   folder, fp32, bf16 = recorded
-  logits = load_model(folder)(jnp.asarray(fp32["input_ids"], jnp.int32))
+  logits = forward(load_model(folder), jnp.asarray(fp32["input_ids"], jnp.int32))
   ours, theirs = (np.sqrt(np.mean((x - fp32["logits"]) ** 2)) for x in (np.asarray(logits), bf16["logits"]))
   assert 0 < ours <= theirs
 
@@ -85,7 +87,7 @@ def test_rows_of_different_lengths_share_a_cache(windows):
   rest = jnp.stack([rows[0, 5:9], rows[1, 2:6]])
   hidden, _ = model.hidden(rest, lengths, cache)
   logits = model.logits(hidden)
-  full = model(jnp.asarray(rows))
+  full = forward(model, jnp.asarray(rows))
   np.testing.assert_allclose(logits[0], full[0, 5:9], atol=1e-5)
   np.testing.assert_allclose(logits[1], full[1, 2:6], atol=1e-5)
 
@@ -93,14 +95,14 @@ def test_rows_of_different_lengths_share_a_cache(windows):
 def test_a_later_token_never_changes_an_earlier_logit():
   model = tiny()
   tokens = jnp.arange(8)[None]
-  np.testing.assert_array_equal(model(tokens)[:, :5], model(tokens.at[:, 5:].set(31))[:, :5])
+  np.testing.assert_array_equal(forward(model, tokens)[:, :5], forward(model, tokens.at[:, 5:].set(31))[:, :5])
 
 
 def test_a_sliding_window_forgets():
   # Two layers with windows of 3 reach back 4 positions together: token 0 reaches the logits of token 4 and no further.
   model = tiny(sliding_windows=(3, 3))
   tokens = jnp.arange(8)[None]
-  before, after = model(tokens), model(tokens.at[0, 0].set(31))
+  before, after = forward(model, tokens), forward(model, tokens.at[0, 0].set(31))
   assert (before[0, 4] != after[0, 4]).any()
   np.testing.assert_array_equal(before[0, 5:], after[0, 5:])
 
@@ -111,7 +113,7 @@ def test_gradients_reach_every_parameter():
   def loss(model):
     return -jax.nn.log_softmax(model(jnp.arange(6)[None]))[..., 3].mean()
 
-  for path, gradient in nnx.to_flat_state(nnx.grad(loss)(model)):
+  for path, gradient in nnx.to_flat_state(nnx.jit(nnx.grad(loss))(model)):
     assert np.isfinite(gradient[...]).all() and (gradient[...] != 0).any(), path
 
 

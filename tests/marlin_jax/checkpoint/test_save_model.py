@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from marlin_jax.checkpoint import (
+  CheckpointError,
+  load_model,
+  open_checkpoint,
+  quantize_checkpoint,
+  safetensors_files,
+  save_model,
+)
+from marlin_jax.convert import quantize
+from marlin_jax.nnx import QuantLinear
+from marlin_jax.quantized import QuantSpec
+
+DATA = Path(__file__).parents[2] / "data"
+CHECKPOINTS = ["llama-bf16", "llama3rope-tied-bf16", "mistral-sharded-bf16", "qwen2-bf16", "qwen3-bf16"]
+TIED = DATA / "llama3rope-tied-bf16"
+
+forward = nnx.jit(lambda model, tokens: model(tokens))
+TOKENS = jnp.arange(12).reshape(2, 6)
+
+
+def assert_same_tensors(a, b):
+  a, b = open_checkpoint(a), open_checkpoint(b)
+  assert set(a) == set(b)
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
+
+
+def assert_same_state(a, b):
+  a, b = (dict(nnx.to_flat_state(nnx.state(model))) for model in (a, b))
+  assert a.keys() == b.keys()
+  for path, variable in a.items():
+    np.testing.assert_array_equal(variable[...], b[path][...], err_msg=str(path), strict=True)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_load_quantize_save_load_gives_the_same_model(name, tmp_path):
+  model = quantize(load_model(DATA / name), group_size=64, progress=False)
+  save_model(model, tmp_path / "saved")
+  again = load_model(tmp_path / "saved")
+  assert isinstance(again.layers[1].mlp.down_proj, QuantLinear)
+  assert again.config == model.config and again.tokenizer == model.tokenizer
+  assert_same_state(model, again)
+  np.testing.assert_array_equal(forward(model, TOKENS), forward(again, TOKENS))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_streaming_writes_what_the_model_in_memory_would(name, tmp_path):
+  save_model(quantize(load_model(DATA / name), group_size=32, progress=False), tmp_path / "memory")
+  quantize_checkpoint(DATA / name, tmp_path / "streamed", QuantSpec(group_size=32), progress=False)
+  assert_same_tensors(tmp_path / "memory", tmp_path / "streamed")
+  assert load_model(tmp_path / "memory").config == load_model(tmp_path / "streamed").config
+
+
+def test_a_float_model_comes_back_as_it_was(tmp_path):
+  save_model(load_model(DATA / "qwen2-bf16"), tmp_path / "saved")
+  assert_same_tensors(DATA / "qwen2-bf16", tmp_path / "saved")
+  assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_format_and_files(tmp_path):
+  quantize_checkpoint(DATA / "llama-bf16", tmp_path / "out", QuantSpec(group_size=None), progress=False)
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  qweight, scales = (tensors[f"model.layers.0.mlp.down_proj.{part}"] for part in ("qweight", "scales"))
+  assert qweight.dtype == np.int16 and qweight.shape == (256 // 64, 512 // 64, 32, 32)
+  assert scales.dtype == jnp.bfloat16 and scales.shape == (1, 256)
+  assert "model.layers.0.mlp.down_proj.weight" not in tensors and "lm_head.weight" in tensors
+  source, config = (json.loads((f / "config.json").read_text()) for f in (DATA / "llama-bf16", tmp_path / "out"))
+  expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": None}
+  assert config == source | {"quantization_config": expected}
+  for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()
+  assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_layers_of_different_group_sizes_are_told_apart(tmp_path):
+  model = load_model(DATA / "llama-bf16")
+  quantize(model, group_size=128, predicate=lambda path, layer: path[-1] == "q_proj", progress=False)
+  quantize(model, group_size=None, predicate=lambda path, layer: path[-1] == "o_proj", progress=False)
+  quantize(model, group_size=32, predicate=lambda path, layer: "mlp" in path, progress=False)
+  save_model(model, tmp_path / "saved")
+  settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+  assert settings["group_size"] == 32
+  assert settings["layers"] == {
+    f"model.layers.{i}.self_attn.{name}": {"group_size": size}
+    for i in range(2)
+    for name, size in (("q_proj", 128), ("o_proj", None))
+  }
+  again = load_model(tmp_path / "saved")
+  assert isinstance(again.layers[0].attention.k_proj, nnx.Linear)
+  assert_same_state(model, again)
+
+
+def test_a_column_that_is_one_group_of_the_common_size_is_no_exception(tmp_path):
+  # K is 128 everywhere but in down_proj, so most layers have one group of 128.
+  quantize_checkpoint(TIED, tmp_path / "streamed", progress=False)
+  save_model(load_model(tmp_path / "streamed"), tmp_path / "saved")
+  settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+  assert settings == {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
+  assert_same_tensors(tmp_path / "streamed", tmp_path / "saved")
+
+
+def test_shards_with_an_index(tmp_path):
+  quantize_checkpoint(TIED, tmp_path / "one", QuantSpec(group_size=64), progress=False)
+  quantize_checkpoint(TIED, tmp_path / "many", QuantSpec(group_size=64), max_shard_bytes=40_000, progress=False)
+  assert_same_tensors(tmp_path / "one", tmp_path / "many")
+  index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+  shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+  assert sorted(set(index["weight_map"].values())) == shards
+  assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors" and len(shards) > 3
+  total = 0
+  for shard in shards:
+    sizes = [tensor.nbytes for tensor in load_file(tmp_path / "many" / shard).values()]
+    assert sum(sizes) <= 40_000 or len(sizes) == 1
+    total += sum(sizes)
+  assert index["metadata"] == {"total_size": total}
+
+
+def test_only_chosen_layers_are_quantized(tmp_path):
+  quantize_checkpoint(
+    TIED, tmp_path / "out", QuantSpec(group_size=64), predicate=lambda path, layer: "mlp" in path, progress=False
+  )
+  names = {name.rsplit(".", 2)[1] for name in open_checkpoint(tmp_path / "out") if name.endswith(".qweight")}
+  assert names == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_other_tensors_keep_their_dtype(tmp_path):
+  shutil.copytree(TIED, tmp_path / "source")
+  tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(TIED / "model.safetensors").items()}
+  save_file(tensors, tmp_path / "source" / "model.safetensors")
+  quantize_checkpoint(tmp_path / "source", tmp_path / "out", QuantSpec(group_size=64), progress=False)
+  out = open_checkpoint(tmp_path / "out")
+  assert {out[name].dtype for name in out} == {np.dtype(np.float32), np.dtype(np.int16)}
+
+
+def test_a_group_size_that_does_not_divide_k_writes_nothing(tmp_path):
+  source = tmp_path / "source"
+  shutil.copytree(TIED, source)
+  # intermediate_size 256 -> 224: down_proj then has K = 224, which 128 does not divide.
+  tensors = load_file(source / "model.safetensors")
+  for name in tensors:
+    if "gate_proj" in name or "up_proj" in name:
+      tensors[name] = np.ascontiguousarray(tensors[name][:224])
+    if "down_proj" in name:
+      tensors[name] = np.ascontiguousarray(tensors[name][:, :224])
+  save_file(tensors, source / "model.safetensors")
+  config = json.loads((source / "config.json").read_text())
+  (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 224}))
+  with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.down_proj: group_size=128 does not divide k=224"):
+    quantize_checkpoint(source, tmp_path / "out", progress=False)
+  assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_quantized_source_is_refused(tmp_path):
+  quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False)
+  with pytest.raises(CheckpointError, match="is quantized already, must be a float checkpoint"):
+    quantize_checkpoint(tmp_path / "out", tmp_path / "again", progress=False)
+
+
+@pytest.mark.parametrize("full_after", [0, 2])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, full_after):
+  written = []
+  save_file = safetensors_files.save_file
+
+  def fill_up(tensors, file, **options):
+    if len(written) == full_after:
+      Path(file).write_bytes(b"half")
+      raise OSError(28, os.strerror(28))
+    written.append(file)
+    save_file(tensors, file, **options)
+
+  monkeypatch.setattr(safetensors_files, "save_file", fill_up)
+  options = {"max_shard_bytes": 40_000}
+  with pytest.raises(CheckpointError, match=r"out could not be written: .*No space left on device"):
+    quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False, **options)
+  written.clear()
+  with pytest.raises(CheckpointError, match=r"out could not be written: .*No space left on device"):
+    save_model(load_model(TIED), tmp_path / "out", **options)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+  def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(safetensors_files, "save_file", interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    save_model(load_model(TIED), tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_empty_folder_is_filled(tmp_path):
+  (tmp_path / "out").mkdir()
+  save_model(load_model(TIED), tmp_path / "out")
+  assert_same_tensors(TIED, tmp_path / "out")
+
+
+def test_a_progress_bar_is_shown(tmp_path, capsys):
+  quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64))
+  assert "quantize: 100%" in capsys.readouterr().err
