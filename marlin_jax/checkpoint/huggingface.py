@@ -84,7 +84,7 @@ def abstract_decoder(config: ModelConfig, dtype: DTypeLike, quantized: Mapping[s
         )
       except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
-      parent = model
+      parent: Any = model
       for segment in path[:-1]:
         parent = parent[segment] if isinstance(segment, int) else getattr(parent, segment)
       setattr(parent, path[-1], layer)
@@ -100,7 +100,7 @@ def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]
   }
 
 
-def fill(model: Decoder, checkpoint: Checkpoint, dtype: DTypeLike, device: jax.Device | None) -> Decoder:
+def fill(model: Decoder, checkpoint: Checkpoint, dtype: DTypeLike, device) -> Decoder:
   """The abstract `model` with every parameter read from the checkpoint, one tensor at a time.
 
   A dense weight is stored [out, in] and becomes a kernel [in, out]; quantized tensors are taken as they are.
@@ -124,7 +124,7 @@ def fill(model: Decoder, checkpoint: Checkpoint, dtype: DTypeLike, device: jax.D
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device: jax.Device | None) -> jax.Array:
+def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device) -> jax.Array:
   """One floating-point tensor on `device`, as `dtype` (None: as stored).
 
   Raises:
@@ -141,7 +141,7 @@ def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, devic
   return array
 
 
-def _read_words(checkpoint: Checkpoint, name: str, device: jax.Device | None) -> jax.Array:
+def _read_words(checkpoint: Checkpoint, name: str, device) -> jax.Array:
   tensor = checkpoint[name]
   if tensor.dtype != np.int16:
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be int16")

@@ -3,7 +3,6 @@
 
 import os
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -15,9 +14,7 @@ from marlin_jax.models.decoder import Decoder
 from marlin_jax.tokenizer import Tokenizer
 
 
-def load_model(
-  path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16, device: jax.Device | None = None
-) -> Decoder:
+def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16, device=None) -> Decoder:
   """The model in a checkpoint folder, or of a Hub model in the local cache, float or quantized by this package.
 
   Args:

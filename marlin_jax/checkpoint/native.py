@@ -111,7 +111,7 @@ def quantize_checkpoint(
   spec: QuantSpec = QuantSpec(),
   *,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
-  device: jax.Device | None = None,
+  device=None,
   max_shard_bytes: int = 2 << 30,
   progress: bool = True,
 ) -> None:

@@ -54,8 +54,8 @@ class Decoder(nnx.Module):
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     x = self.embed(tokens)
     keys, values = [], []
-    for layer, *cached in zip(self.layers, cache.keys, cache.values, strict=True):
-      x, (layer_keys, layer_values) = layer(x, positions, tuple(cached))
+    for layer, layer_keys, layer_values in zip(self.layers, cache.keys, cache.values, strict=True):
+      x, (layer_keys, layer_values) = layer(x, positions, (layer_keys, layer_values))
       keys.append(layer_keys)
       values.append(layer_values)
     return self.norm(x), KVCache(keys=tuple(keys), values=tuple(values))
