@@ -32,10 +32,10 @@ from marlin_jax.checkpoint.folder import new_folder, write_json
 from marlin_jax.checkpoint.huggingface import tensor_name
 from marlin_jax.checkpoint.safetensors_files import ShardWriter
 from marlin_jax.demo.corpus import END_OF_TEXT, Corpus, build_corpus
-from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.scoring import perplexity
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.text import generate
 
 SHARD_BYTES = 8 * 2**20  # small enough for any file store that git talks to
 PROMPTS = ("def main(argv=None):\n", "class TestQueue(unittest.TestCase):\n", "import os\nimport sys\n\n")
@@ -54,7 +54,9 @@ class Recipe:
   score_every: int = 50  # steps
   learning_rate: float = 2e-3
   warm_up: float = 0.05  # share of the run
-  weight_decay: float = 0.1
+  # Strong, because the text is passed over ten times. One trial each with a 2-layer model, eight passes over 150 000
+  # tokens, gave a held-out loss of 3.885 with 0.1, 3.866 with 0.5 and 3.907 with 1.5.
+  weight_decay: float = 0.5
 
 
 # Every width is a multiple of 128, so that every dense layer fits groups of 128 without padding.
@@ -190,7 +192,7 @@ def train(corpus: Corpus, recipe: Recipe, *, minutes: float, seed: int) -> tuple
     if step % recipe.score_every and progress < 1:
       continue
     rate = (step - 1) * step_tokens / max(seconds - scoring, 1e-9)
-    score = perplexity(nnx.merge(graphdef, params), corpus.validation, window=context)
+    score = perplexity(nnx.merge(graphdef, params), corpus.validation.astype(np.int32), window=context)
     scoring += time.perf_counter() - began - seconds
     if score < best:
       # A copy: the next step overwrites the arrays it is given.
@@ -250,10 +252,8 @@ def show(output: Path) -> None:
   score = perplexity(model, tokens, window=model.config.max_position_embeddings)
   bits = math.log2(score) * len(tokens) / len(sample.encode())
   print(f"held-out sample: {len(tokens)} tokens, perplexity {score:.2f}, about {bits:.2f} bits a byte")
-  prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
-  chunks = list(generate_tokens(model, prompts, max_new_tokens=40, eos_token_ids=model.config.eos_token_ids))
-  for row, prompt in enumerate(PROMPTS):
-    print(f"--- {prompt!r}\n{prompt}{model.tokenizer.decode([token for chunk in chunks for token in chunk[row]])}")
+  for prompt, text in zip(PROMPTS, generate(model, list(PROMPTS), max_new_tokens=40), strict=True):
+    print(f"--- {prompt!r}\n{prompt}{text}")
 
 
 def main() -> None:
