@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of token ids in, chunks of new token ids out: two compiled programs and a short loop on the host.
+
+    prompts, right-padded to a bucket -> prefill -> first token -> decode chunk -> decode chunk -> ...
+                                            |                       ^      |        ^
+                                            +------ DecodeState ----+      +--------+   donated: updated in place
+
+Weights are arguments of both programs (split outside, merged inside); a closed-over weight would be copied
+into the program as a constant. All that a shape depends on is rounded up to a power of two, all that a user sets is a
+traced argument: a new prompt in the same buckets, another seed or another temperature compiles nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from numbers import Integral
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from marlin_jax.generation.sampling import GREEDY, Sampling, SamplingArrays, sample
+from marlin_jax.generation.weights import Structure, split
+from marlin_jax.models.kv_cache import KVCache
+
+_SMALLEST_BUCKET = 16
+_FEWEST_EOS = 4
+
+
+class DecodeState(NamedTuple):
+  """All that one decode step hands to the next. B rows (a power of two), S cache positions, V tokens.
+
+  Attributes:
+    cache: keys and values of every token before `position`; later positions hold anything, and are written before they
+      are read.
+    token: the last token of each row, chosen but not yet in the cache.
+    position: where `token` goes in the cache, which is the number of tokens before it.
+    done: rows that have emitted an EOS token, and the rows that pad the batch. They still run, on the same token at the
+      same position, and what they compute is thrown away.
+    seen: the tokens of the prompt and of the continuation so far, for the repetition penalty.
+    keys: one random key a row, never changed: the key of a draw is the row's key folded with the position drawn for.
+  """
+
+  cache: KVCache
+  token: Int32[Array, " B"]
+  position: Int32[Array, " B"]
+  done: Bool[Array, " B"]
+  seen: Bool[Array, "B V"]
+  keys: Key[Array, " B"]
+
+
+class Choice(NamedTuple):
+  """What decides on the next token apart from the logits; arrays, so that no value of it compiles anything."""
+
+  settings: SamplingArrays
+  eos: Int[Array | np.ndarray, " E"]
+
+
+def _choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
+  """The state after the token at `state.position + 1` is chosen; rows that were done stay as they are."""
+  position = jnp.where(state.done, state.position, state.position + 1)
+  keys = jax.vmap(jax.random.fold_in)(state.keys, position)
+  token = jnp.where(state.done, state.token, sample(logits, state.seen, keys, choice.settings))
+  return state._replace(
+    token=token,
+    position=position,
+    done=state.done | jnp.any(token[:, None] == choice.eos, axis=-1),
+    seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+  )
+
+
+@partial(jax.jit, static_argnames=("structure", "cache_length"))
+def prefill(
+  structure: Structure,
+  weights: list[Array],
+  tokens: Int32[Array, "B T"],
+  lengths: Int32[Array, " B"],
+  seed: Array,
+  choice: Choice,
+  *,
+  cache_length: int,
+) -> DecodeState:
+  """Runs the padded prompts through the model and chooses the first token of each row; rows of length 0 are padding."""
+  model = structure.merge(weights)
+  rows, width = tokens.shape
+  cache = KVCache.empty(model.config, rows, cache_length, model.dtype)
+  # Padding is to the right: no prompt token attends to it, and decoding overwrites its keys and values one by one.
+  hidden, cache = model.hidden(tokens, jnp.zeros(rows, jnp.int32), cache)
+  last = jnp.maximum(lengths - 1, 0)
+  # One position a row goes through the head: T x V logits would outweigh everything else in memory.
+  logits = model.logits(hidden[jnp.arange(rows), last])
+  inside = jnp.arange(width) < lengths[:, None]
+  vocab_size = logits.shape[-1]
+  seen = jnp.zeros((rows, vocab_size), bool)
+  seen = seen.at[jnp.arange(rows)[:, None], jnp.where(inside, tokens, vocab_size)].set(True, mode="drop")
+  state = DecodeState(
+    cache=cache,
+    token=tokens[jnp.arange(rows), last],
+    position=last,
+    done=lengths == 0,
+    seen=seen,
+    keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows)),
+  )
+  return _choose(logits, state, choice)
+
+
+@partial(jax.jit, static_argnames=("structure", "chunk"), donate_argnames=("state",))
+def decode(
+  structure: Structure, weights: list[Array], state: DecodeState, steps: Array, choice: Choice, *, chunk: int
+) -> tuple[DecodeState, Int32[Array, "B {chunk}"], Int32[Array, " B"]]:
+  """Runs at most `steps` <= `chunk` decode steps, fewer if all rows are done.
+
+  Returns the new state, the tokens, and how many of them each row emitted: row b's are `tokens[b, :counts[b]]`.
+  """
+  # XLA runs a while_loop on a GPU from the host: after every iteration the predicate, one boolean, travels back before
+  # the next can be launched. That is cheaper than returning to Python, which flattens hundreds of weights into
+  # arguments and dispatches a program for each token. But the caller sees nothing of a program before it ends, hence
+  # chunks: `chunk` tokens share one dispatch, and are streamed together.
+  model = structure.merge(weights)
+  rows = state.token.shape[0]
+
+  def unfinished(carry: tuple) -> Array:
+    step, state, _, _ = carry
+    return (step < steps) & ~jnp.all(state.done)
+
+  def decode_step(carry: tuple) -> tuple:
+    step, state, tokens, counts = carry
+    hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
+    after = _choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
+    # A row that is done never starts again, so its tokens are the first counts[b] columns.
+    return step + 1, after, tokens.at[:, step].set(after.token), jnp.where(state.done, counts, counts + 1)
+
+  start = (jnp.int32(0), state, jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32))
+  _, state, tokens, counts = jax.lax.while_loop(unfinished, decode_step, start)
+  return state, tokens, counts
+
+
+def generate_tokens(
+  model: nnx.Module,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  eos_token_ids: Sequence[int] = (),
+  chunk: int = 8,
+) -> Iterator[list[list[int]]]:
+  """Yields the new tokens of every row: the first after prefill, then up to `chunk` tokens a row at a time.
+
+  Row i's lists, joined, are the continuation of `prompts[i]`: at most `max_new_tokens` token ids, the last of them an
+  EOS token if one came. A row that is done yields empty lists until all rows are done. What row i yields depends on its
+  prompt, its number i and the settings, not on the other rows.
+
+  Args:
+    model: a Decoder, float or quantized.
+    prompts: token ids, one sequence a row, of any lengths.
+    max_new_tokens: how many tokens a row may get.
+    sampling: how a token is chosen.
+    eos_token_ids: a row ends with the first of these that it emits.
+    chunk: tokens a row between two yields; another value compiles another program.
+
+  Raises:
+    ValueError: at the call, not at the first `next`: no prompt, an empty one, one longer than the context allows, a
+      token id outside the vocabulary, `max_new_tokens` or `chunk` below 1.
+  """
+  config = model.config
+  for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+      raise ValueError(f"{name}={value!r} must be an integer, at least 1")
+  if not isinstance(sampling, Sampling):
+    raise ValueError(f"sampling={sampling!r} must be a marlin_jax.generation.Sampling")
+  rows = _checked_prompts(prompts, config.vocab_size)
+  longest = max(len(row) for row in rows)
+  context = config.max_position_embeddings
+  if longest + max_new_tokens > context:
+    raise ValueError(
+      f"prompts[{[len(row) for row in rows].index(longest)}] has {longest} tokens and {max_new_tokens=}, together "
+      f"{longest + max_new_tokens}, which must be at most {context}, the model's context (max_position_embeddings)"
+    )
+  width = min(_bucket(longest, _SMALLEST_BUCKET), context)
+  tokens = np.zeros((_bucket(len(rows), 1), width), np.int32)
+  lengths = np.zeros(tokens.shape[0], np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+    lengths[i] = len(row)
+  eos = np.full(_bucket(len(eos_token_ids), _FEWEST_EOS), -1, np.int32)  # -1 is no token
+  eos[: len(eos_token_ids)] = eos_token_ids
+  choice = Choice(settings=sampling.arrays(), eos=eos)
+  cache_length = min(_bucket(width + max_new_tokens, _SMALLEST_BUCKET), context)
+
+  def chunks() -> Iterator[list[list[int]]]:
+    structure, weights = split(model)
+    state = prefill(
+      structure, weights, tokens, lengths, np.uint32(sampling.seed), choice, cache_length=cache_length
+    )
+    yield [[token] for token in np.asarray(state.token)[: len(rows)].tolist()]
+    remaining = max_new_tokens - 1
+    while remaining > 0 and not np.asarray(state.done).all():
+      steps = min(chunk, remaining)
+      state, emitted, counts = decode(structure, weights, state, np.int32(steps), choice, chunk=chunk)
+      remaining -= steps
+      yield [row[:count] for row, count in zip(emitted.tolist(), counts.tolist(), strict=True)][: len(rows)]
+
+  return chunks()
+
+
+def _bucket(size: int, smallest: int) -> int:
+  """The smallest power of two that is at least `size` and `smallest`."""
+  return max(smallest, 1 << (size - 1).bit_length())
+
+
+def _checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+  if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    raise ValueError(f"prompts={prompts!r} must be a list of prompts, each a list of token ids")
+  if not prompts:
+    raise ValueError("prompts is empty: there must be at least one prompt")
+  rows = []
+  for i, prompt in enumerate(prompts):
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+      raise ValueError(f"prompts[{i}]={prompt!r} must be a list of token ids")
+    if len(prompt) == 0:
+      raise ValueError(f"prompts[{i}] is empty: it must hold at least one token")
+    for token in prompt:
+      if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+        raise ValueError(f"prompts[{i}] has the token id {token!r}, which must be an integer in 0 .. {vocab_size - 1}")
+    rows.append(np.asarray(prompt, np.int32))
+  return rows

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax.convert import quantize
+from marlin_jax.generation import loop
+from marlin_jax.generation.loop import generate_tokens
+from marlin_jax.generation.sampling import GREEDY, Sampling
+from marlin_jax.generation.weights import split
+
+NEW = 12
+PROMPTS = [[7, 3, 9], [1], list(range(20, 38)), [60, 0, 60, 0, 5]]
+
+
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
+
+def joined(chunks):
+  return [list(itertools.chain.from_iterable(row)) for row in zip(*chunks, strict=True)]
+
+
+def continuations(model, prompts, max_new_tokens=NEW, chunk=4, **settings):
+  return joined(generate_tokens(model, prompts, max_new_tokens=max_new_tokens, chunk=chunk, **settings))
+
+
+def longhand(model, prompt, penalty=1.0):
+  """Greedy decoding as it is defined: a full forward pass for every token, no cache."""
+  tokens = list(prompt)
+  for _ in range(NEW):
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.array(forward(model, padded)[0, len(tokens) - 1])
+    for token in set(tokens):
+      logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    tokens.append(int(np.argmax(logits)))
+  return tokens[len(prompt) :]
+
+
+def compile_count():
+  """Calls of XLA's compiler as JAX reports them, of any program, from now on."""
+  events = []
+
+  def listener(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      events.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  return events
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+  return [longhand(model, prompt) for prompt in PROMPTS]
+
+
+def test_greedy_is_the_longhand_loop(model, greedy):
+  assert continuations(model, PROMPTS) == greedy
+  # Rows that repeat one token would not notice a wrong position.
+  assert min(len(set(row)) for row in greedy) > 3
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch(model, greedy):
+  for prompt, expected in zip(PROMPTS, greedy, strict=True):
+    assert continuations(model, [prompt]) == [expected]
+  assert continuations(model, PROMPTS[::-1] + PROMPTS[:1]) == [*greedy[::-1], greedy[0]]  # padded to eight rows
+
+
+def test_the_first_token_comes_alone_and_the_rest_in_chunks(model, greedy):
+  chunks = list(generate_tokens(model, PROMPTS, max_new_tokens=NEW, chunk=4))
+  assert [[len(row) for row in chunk] for chunk in chunks] == [[n] * 4 for n in (1, 4, 4, 3)]
+  assert joined(chunks) == greedy
+
+
+def test_one_new_token_needs_no_decoding(model, greedy):
+  decoders = loop.decode._cache_size()
+  assert continuations(model, PROMPTS, max_new_tokens=1, chunk=6) == [row[:1] for row in greedy]
+  assert loop.decode._cache_size() == decoders
+
+
+def test_a_row_ends_with_its_first_eos_and_the_others_go_on(model, greedy):
+  eos = greedy[0][3]
+  expected = [row[: row.index(eos) + 1] if eos in row else row for row in greedy]
+  assert len(expected[0]) <= 4 and max(map(len, expected)) == NEW
+  assert continuations(model, PROMPTS, eos_token_ids=[eos]) == expected
+
+
+def test_the_loop_ends_when_all_rows_are_done(model, greedy):
+  ends = [row[4] for row in greedy]
+  expected = [row[: min(row.index(end) for end in ends if end in row) + 1] for row in greedy]
+  chunks = list(generate_tokens(model, PROMPTS, max_new_tokens=NEW, eos_token_ids=ends, chunk=4))
+  assert joined(chunks) == expected
+  assert len(chunks) <= 2
+
+
+def test_an_eos_right_after_the_prompt_ends_the_row(model, greedy):
+  assert continuations(model, PROMPTS[:1], eos_token_ids=[greedy[0][0]]) == [greedy[0][:1]]
+
+
+def test_the_whole_context_can_be_used(model):
+  context = model.config.max_position_embeddings
+  prompt = [1 + i % 50 for i in range(70)]
+  (row,) = continuations(model, [prompt], max_new_tokens=context - len(prompt))
+  assert len(row) == context - len(prompt)
+  logits = forward(model, jnp.asarray([prompt + row]))
+  np.testing.assert_array_equal(row, np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1))
+
+
+def test_a_quantized_model_generates_by_the_same_loop(model, greedy):
+  quantized = quantize(nnx.clone(model), group_size=None, progress=False)
+  expected = [longhand(quantized, prompt) for prompt in PROMPTS]
+  assert expected != greedy
+  assert continuations(quantized, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("penalty", [1.3, 8.0])
+def test_the_repetition_penalty_counts_prompt_and_continuation(model, greedy, penalty):
+  expected = [longhand(model, prompt, penalty) for prompt in PROMPTS]
+  assert expected != greedy
+  assert continuations(model, PROMPTS, sampling=Sampling(repetition_penalty=penalty)) == expected
+
+
+def test_a_seed_decides_the_samples(model, greedy):
+  def sampled(seed):
+    return continuations(model, PROMPTS, sampling=Sampling(temperature=1.0, top_k=40, seed=seed))
+
+  assert sampled(3) == sampled(3)
+  assert sampled(3) != sampled(4)
+  assert sampled(3) != greedy
+  assert continuations(model, PROMPTS, sampling=Sampling(temperature=1.0, top_k=1, seed=3)) == greedy
+
+
+def test_samples_of_a_row_do_not_depend_on_its_neighbours(model):
+  sampling = Sampling(temperature=1.0, seed=11)
+  together = continuations(model, PROMPTS, sampling=sampling)
+  others = continuations(model, [[2, 2], PROMPTS[1], [50] * 30, PROMPTS[3], [4]], sampling=sampling)
+  assert others[1] == together[1] and others[3] == together[3]
+  assert others[0] != together[0]
+
+
+def test_equal_prompts_are_sampled_apart(model):
+  rows = continuations(model, PROMPTS[2:3] * 3, sampling=Sampling(temperature=1.0))
+  assert rows[0] != rows[1] != rows[2] != rows[0]
+
+
+def test_chunks_do_not_change_the_samples(model):
+  sampling = Sampling(temperature=1.0, top_p=0.9)
+  assert continuations(model, PROMPTS, sampling=sampling, chunk=5) == continuations(model, PROMPTS, sampling=sampling)
+
+
+def test_nothing_compiles_for_a_new_prompt_or_new_settings_in_the_same_bucket(model):
+  continuations(model, PROMPTS, eos_token_ids=[60])
+  compiled = compile_count()
+  try:
+    continuations(model, [[5] * 32, [6, 7], [8]], max_new_tokens=32, eos_token_ids=[59, 58])
+    continuations(model, [[9] * 17, [1], [2], [3]], max_new_tokens=1)
+    for sampling in (
+      Sampling(temperature=0.3, seed=5),
+      Sampling(temperature=2.0, top_k=3, top_p=0.4, repetition_penalty=1.5, seed=6),
+    ):
+      continuations(model, PROMPTS, max_new_tokens=9, sampling=sampling)
+    assert len(compiled) == 0
+    continuations(model, [[5] * 33, [1]], max_new_tokens=10)
+    assert len(compiled) == 2  # the control: a longer bucket is one more prefill and one more decode program
+  finally:
+    jax.monitoring.clear_event_listeners()
+
+
+def prefilled(model):
+  structure, weights = split(model)
+  choice = loop.Choice(settings=GREEDY.arrays(), eos=np.full(4, -1, np.int32))
+  tokens, lengths = np.ones((4, 32), np.int32), np.full(4, 3, np.int32)
+  arguments = (structure, weights, tokens, lengths, np.uint32(0), choice)
+  return structure, weights, choice, arguments, loop.prefill(*arguments, cache_length=64)
+
+
+def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(model):
+  structure, weights, choice, _, _ = prefilled(model)
+  tokens = np.zeros((4, 32), np.int32)
+  tokens[0, :3], tokens[1, :2], tokens[2, :5] = [5, 9, 5], [0, 7], [1, 2, 3, 4, 60]
+  lengths = np.array([3, 2, 5, 0], np.int32)  # the last row pads the batch
+  state = loop.prefill(structure, weights, tokens, lengths, np.uint32(0), choice, cache_length=64)
+  for row, prompt in enumerate([{5, 9}, {0, 7}, {1, 2, 3, 4, 60}]):
+    assert set(np.flatnonzero(state.seen[row])) == prompt | {int(state.token[row])}
+  np.testing.assert_array_equal(state.position[:3], lengths[:3])
+  np.testing.assert_array_equal(state.done, [False, False, False, True])
+
+
+def test_the_state_is_donated_and_the_weights_are_not(model):
+  structure, weights, choice, _, state = prefilled(model)
+  after, _, _ = loop.decode(structure, weights, state, np.int32(2), choice, chunk=4)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, weights)))
+
+
+def largest_constant(program):
+  """Elements of the largest constant of a lowered program that is not one value throughout."""
+  constants = re.findall(r'stablehlo\.constant dense<["\[].*?> : tensor<([0-9x]+)x', program.as_text())
+  return max((int(np.prod([int(dim) for dim in shape.split("x")])) for shape in constants), default=0)
+
+
+def test_weights_are_arguments_and_never_constants(monkeypatch, model):
+  # Lowering puts descriptions of arrays where the type checker of the tests expects arrays.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  structure, weights, choice, arguments, state = prefilled(model)
+  assert largest_constant(loop.prefill.lower(*arguments, cache_length=64)) < 100
+  assert largest_constant(loop.decode.lower(structure, weights, state, np.int32(2), choice, chunk=4)) < 100
+  closed_over = jax.jit(lambda tokens: model(tokens)).lower(jnp.ones((1, 4), jnp.int32))
+  assert largest_constant(closed_over) >= 61 * 32  # the control: the embedding
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"prompts": []}, "prompts is empty: there must be at least one prompt"),
+    ({"prompts": [[1], []]}, r"prompts\[1\] is empty: it must hold at least one token"),
+    ({"prompts": "words"}, "prompts='words' must be a list of prompts, each a list of token ids"),
+    ({"prompts": [1, 2]}, r"prompts\[0\]=1 must be a list of token ids"),
+    ({"prompts": ["words"]}, r"prompts\[0\]='words' must be a list of token ids"),
+    ({"prompts": [[1.5]]}, r"prompts\[0\] has the token id 1\.5, which must be an integer in 0 \.\. 60"),
+    ({"prompts": [[1], [3, 61]]}, r"prompts\[1\] has the token id 61, which must be an integer in 0 \.\. 60"),
+    ({"prompts": [[-1]]}, r"prompts\[0\] has the token id -1, which must be an integer in 0 \.\. 60"),
+    ({"prompts": [[1], [1] * 101]}, r"prompts\[1\] has 101 tokens and max_new_tokens=4, together 105, which must"),
+    ({"prompts": [[1] * 97]}, r"together 101, which must be at most 100, the model's context"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer, at least 1"),
+    ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be an integer, at least 1"),
+    ({"chunk": 0}, "chunk=0 must be an integer, at least 1"),
+    ({"sampling": None}, r"sampling=None must be a marlin_jax\.generation\.Sampling"),
+  ],
+  ids=str,
+)
+def test_a_bad_argument_is_refused_by_name_at_the_call(monkeypatch, model, arguments, message):
+  # Users run without the type checker of the tests, so wrong types must reach our own message.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  with pytest.raises(ValueError, match=message):
+    generate_tokens(model, **({"prompts": [[1, 2]], "max_new_tokens": 4} | arguments))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from marlin_jax.generation.weights import split
+from marlin_jax.models.decoder import Decoder
+
+
+def another(config):
+  return Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(6))
+
+
+def test_merge_is_the_model(model):
+  structure, weights = split(model)
+  tokens = jnp.arange(8)[None]
+  np.testing.assert_array_equal(structure.merge(weights)(tokens), model(tokens))
+  held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(nnx.state(model))}
+  assert {leaf.unsafe_buffer_pointer() for leaf in weights} == held  # no copies
+
+
+def test_equal_models_share_a_structure_and_with_it_a_program(model):
+  structure, weights = split(model)
+  other_structure, other_weights = split(another(model.config))
+  assert other_structure is structure
+  assert not np.array_equal(weights[0], other_weights[0])
+
+
+def test_models_that_differ_share_nothing(model):
+  structure, _ = split(model)
+  assert split(another(dataclasses.replace(model.config, rope_theta=5e5)))[0] is not structure
