@@ -18,9 +18,10 @@ class QuantParam(nnx.Variable):
   """A part of a quantized weight. Not an `nnx.Param`: an optimizer that takes parameters leaves it alone."""
 
 
-@partial(jax.jit, static_argnames=("spec", "scale_dtype"))
-def _quantize_and_pack(w, spec, scale_dtype):
-  return pack(quantize_rtn(w, spec, scale_dtype=scale_dtype))
+@partial(jax.jit, static_argnames=("spec",))
+def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec) -> PackedTensor:
+  """The packed weight nearest to `w`, with scales of w's dtype: one compiled program a shape."""
+  return pack(quantize_rtn(w, spec))
 
 
 class QuantLinear(nnx.Module):
@@ -62,7 +63,7 @@ class QuantLinear(nnx.Module):
     """
     self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
     w = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-    packed = _quantize_and_pack(w, spec, jnp.dtype(param_dtype))
+    packed = quantize_and_pack(w, spec)
     self.qweight, self.scales = QuantParam(packed.qweight), QuantParam(packed.scales)
     self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
 
@@ -92,7 +93,7 @@ class QuantLinear(nnx.Module):
     w = w if device is None else jax.device_put(w, device)
     if not jnp.isfinite(w).all():
       raise ValueError("the kernel holds NaN or Inf, which no codes can represent")
-    return cls.from_packed(_quantize_and_pack(w, spec, w.dtype), linear.bias, dtype=linear.dtype)
+    return cls.from_packed(quantize_and_pack(w, spec), linear.bias, dtype=linear.dtype)
 
   @property
   def packed(self) -> PackedTensor:

@@ -7,7 +7,6 @@ wrong answer; `marlin_jax.packing` turns one into the other.
 """
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ class _CheckedPytree:
     return leaves, tuple(getattr(self, name) for name in self._static)
 
   @classmethod
-  def tree_unflatten(cls, static, leaves) -> Self:
+  def tree_unflatten(cls, static, leaves):
     self = object.__new__(cls)
     data = [f.name for f in dataclasses.fields(cls) if f.name not in cls._static]
     for name, value in zip((*data, *cls._static), (*leaves, *static), strict=True):

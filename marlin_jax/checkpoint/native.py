@@ -17,14 +17,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, write_json
@@ -39,10 +36,8 @@ from marlin_jax.checkpoint.huggingface import (
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
-from marlin_jax.nnx import QuantLinear
-from marlin_jax.packing import pack
-from marlin_jax.quantized import PackedTensor, QuantSpec
-from marlin_jax.quantizers.rtn import quantize_rtn
+from marlin_jax.nnx import QuantLinear, quantize_and_pack
+from marlin_jax.quantized import QuantSpec
 
 FORMAT_VERSION = 1
 
@@ -153,7 +148,7 @@ def quantize_checkpoint(
       array = read_float(checkpoint, name, None, device)
       layer_name, _, leaf = name.rpartition(".")
       if leaf == "weight" and layer_name in chosen:
-        packed = _quantize_and_pack(array.T, spec)
+        packed = quantize_and_pack(array.T, spec)
         writer.add(f"{layer_name}.qweight", np.asarray(packed.qweight))
         writer.add(f"{layer_name}.scales", np.asarray(packed.scales))
       else:
@@ -163,11 +158,6 @@ def quantize_checkpoint(
     for file in SIDE_FILES:
       if (checkpoint.folder / file).is_file():
         shutil.copyfile(checkpoint.folder / file, folder / file)
-
-
-@partial(jax.jit, static_argnames=("spec",))
-def _quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec) -> PackedTensor:
-  return pack(quantize_rtn(w, spec, scale_dtype=w.dtype))
 
 
 def _settings(spec: QuantSpec) -> dict[str, Any]:

@@ -103,7 +103,9 @@ class ShardWriter:
     write_json(self._folder / INDEX_FILE, index)
 
   def _flush(self) -> None:
-    save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "np"})
+    file = self._temporary(len(self._shards))
+    save_file(self._pending, file, metadata={"format": "np"})
+    file.chmod(0o644)  # the library makes files that only their owner can read
     self._shards.append(list(self._pending))
     self._pending, self._pending_bytes = {}, 0
 
