@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every numbered example runs; 04_train_demo.py has tests of its own."""
+
+import re
+import runpy
+from pathlib import Path
+
+import nbformat
+import pytest
+from flax import nnx
+from nbclient import NotebookClient
+
+from marlin_jax import QuantLinear
+from pallas_kernels import current_device
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "05_from_bits_to_output.ipynb"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+  """Runs a script as `python examples/NAME ARGUMENTS` does; returns what its module then holds."""
+
+  def run_script(name: str, *arguments: object) -> dict:
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+  return run_script
+
+
+def test_every_example_is_covered():
+  tested = (Path(__file__).read_text() + (Path(__file__).parent / "test_train_demo.py").read_text()).split('"')
+  assert {path.name for path in EXAMPLES.iterdir() if path.name[0].isdigit()} <= set(tested)
+
+
+def test_one_matmul(run, capsys):
+  names = run("01_one_matmul.py")
+  assert names["implementation"] in capsys.readouterr().out
+  assert (names["implementation"] == "reference") == (current_device().platform != "cuda")
+  # Codes 4 bits, a bfloat16 scale for 128 of them; no padding at this shape.
+  assert 8 * names["packed"].nbytes / names["w"].size == 4.125
+  # 16 levels: 9.4 % on Gaussian weights (quantizers/rtn.py); bfloat16 rounds by at most 2^-8 of a value.
+  assert 0.08 < names["from_quantization"] < 0.10
+  assert 0 < names["from_arithmetic"] < 2**-8
+
+
+def test_one_layer(run, capsys):
+  names = run("02_one_layer.py")
+  # Two layers in a row, each with the error of a 4-bit weight.
+  assert 0.05 < names["linen_error"] < 0.15
+  assert 0.05 < names["nnx_error"] < 0.15
+  assert isinstance(names["model"].up, QuantLinear) and isinstance(names["model"].down, QuantLinear)
+  printed = capsys.readouterr().out
+  assert "quantized 2 layers" in printed
+  assert "  params: up.bias, down.bias\n" in printed
+  assert "  Param: down.bias, up.bias\n" in printed
+  assert "  quant: up.qweight, up.scales, down.qweight, down.scales\n" in printed
+
+
+def test_quantize_and_generate(run, capsys):
+  names = run("03_quantize_and_generate.py")
+  printed = capsys.readouterr().out
+  assert "quantized 56 layers" in printed
+  assert names["streamed"] == names["continuations"] and all(names["continuations"])
+  assert "the same text as before saving: True" in printed
+  assert 2 * names["size_after"] < names["size_before"]
+  assert sum(isinstance(layer, QuantLinear) for _, layer in nnx.iter_modules(names["model"])) == 56
+
+
+def test_quantize_and_generate_takes_a_checkpoint(run, capsys):
+  names = run("03_quantize_and_generate.py", ROOT / "tests" / "data" / "llama-bf16")
+  assert "quantized 14 layers" in capsys.readouterr().out
+  assert names["streamed"] == names["continuations"]
+
+
+def printed_text(notebook: nbformat.NotebookNode) -> dict[str, str]:
+  """Cell id -> what the cell printed."""
+  outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+  return {name: "".join(out.text for out in outs if out.output_type == "stream") for name, outs in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
+  """The notebook "05_from_bits_to_output.ipynb", run afresh in an empty folder."""
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("JAX_PLATFORMS", "cpu")  # the stored outputs are a CPU's, and this process may hold the GPU's memory
+    folder = tmp_path_factory.mktemp("notebook")
+    return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
+
+
+def test_notebook_prints_what_is_stored_in_it(executed: nbformat.NotebookNode):
+  stored = nbformat.read(NOTEBOOK, as_version=4)
+  assert printed_text(executed) == printed_text(stored)
+  assert [cell.execution_count for cell in stored.cells if cell.cell_type == "code"] == list(
+    range(1, sum(cell.cell_type == "code" for cell in stored.cells) + 1)
+  )
+
+
+def test_notebook_claims(executed: nbformat.NotebookNode):
+  text = printed_text(executed)
+  assert "4096 of 4096" in text["probe"]
+  assert "exact for all 16 codes: True" in text["nibble"]
+  saved = re.search(r"squared error .*: (\d+)% less", text["search"])
+  assert saved and 28 <= int(saved[1]) <= 36  # 32 % over many groups, by the docstring of quantizers/rtn.py
+
+
+def test_notebook_pictures_are_stored(executed: nbformat.NotebookNode):
+  def pictures(notebook: nbformat.NotebookNode) -> list[str]:
+    return [
+      cell.id
+      for cell in notebook.cells
+      for out in cell.get("outputs", [])
+      if out.output_type == "display_data" and "image/png" in out.data
+    ]
+
+  assert pictures(nbformat.read(NOTEBOOK, as_version=4)) == pictures(executed)
+  assert (ROOT / "docs" / "images" / "layout.png").read_bytes().startswith(b"\x89PNG")
