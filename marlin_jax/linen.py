@@ -3,6 +3,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from marlin_jax.ops import quant_matmul
@@ -30,8 +31,8 @@ class QuantDense(nn.Module):
 
   features: int
   use_bias: bool = True
-  dtype: jnp.dtype | None = None
-  param_dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike | None = None
+  param_dtype: DTypeLike = jnp.float32
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
   spec: QuantSpec = QuantSpec()

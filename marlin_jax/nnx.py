@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from marlin_jax.ops import quant_matmul
@@ -41,8 +42,8 @@ class QuantLinear(nnx.Module):
     out_features: int,
     *,
     use_bias: bool = True,
-    dtype=None,
-    param_dtype=jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     spec: QuantSpec = QuantSpec(),
     kernel_init=nnx.initializers.lecun_normal(),
     bias_init=nnx.initializers.zeros_init(),
@@ -68,7 +69,7 @@ class QuantLinear(nnx.Module):
     self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
 
   @classmethod
-  def from_packed(cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype=None) -> "QuantLinear":
+  def from_packed(cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype: DTypeLike | None = None) -> "QuantLinear":
     """A layer around an existing packed weight; nothing is computed."""
     k, n = w.shape
     # The constructor's random weights are traced for the layer's structure only, and replaced.

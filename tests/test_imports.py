@@ -23,6 +23,7 @@ LAYERS = (
   "marlin_jax.generation",
   "marlin_jax.text",
   "marlin_jax.bench",
+  "marlin_jax.console",
   "marlin_jax.demo",
   "marlin_jax",
   "marlin_jax.cli marlin_jax.__main__",

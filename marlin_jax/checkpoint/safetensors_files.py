@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors in and out: one file, or shards with an index, one tensor in memory at a time."""
 
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -52,6 +54,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of a tensor, read from the file's header."""
     return tuple(self._files[name].get_slice(name).get_shape())
+
+  def nbytes(self, name: str) -> int:
+    """The bytes of a tensor, read from the file's header."""
+    bits = re.search(r"\d+", self._files[name].get_slice(name).get_dtype())  # "BF16", "F8_E4M3", "I16"; BOOL is a byte
+    return math.prod(self.shape(name)) * (int(bits[0]) // 8 if bits else 1)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

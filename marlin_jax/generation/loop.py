@@ -37,8 +37,8 @@ class DecodeState(NamedTuple):
       are read.
     token: the last token of each row, chosen but not yet in the cache.
     position: where `token` goes in the cache, which is the number of tokens before it.
-    done: rows that have emitted an EOS token, and the rows that pad the batch. They still run, on the same token at the
-      same position, and what they compute is thrown away.
+    done: rows that have emitted an EOS token, and the rows that pad the batch. They run along with the others, and what
+      they compute is thrown away.
     seen: the tokens of the prompt and of the continuation so far, for the repetition penalty.
     keys: one random key a row, never changed: the key of a draw is the row's key folded with the position drawn for.
   """
@@ -59,10 +59,10 @@ class Choice(NamedTuple):
 
 
 def _choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
-  """The state after the token at `state.position + 1` is chosen; rows that were done stay as they are."""
-  position = jnp.where(state.done, state.position, state.position + 1)
+  """The state after the token at `state.position + 1` is chosen."""
+  position = state.position + 1
   keys = jax.vmap(jax.random.fold_in)(state.keys, position)
-  token = jnp.where(state.done, state.token, sample(logits, state.seen, keys, choice.settings))
+  token = sample(logits, state.seen, keys, choice.settings)
   return state._replace(
     token=token,
     position=position,

@@ -129,9 +129,9 @@ def sample(
     rank = jnp.arange(ranked.shape[-1])
     ranked = jnp.where(rank < settings.top_k, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # A token stays while the mass before it has not reached top_p; the first one stays even if top_p rounds to 0.
+    # A token stays while the mass before it has not reached top_p.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((before < settings.top_p) | (rank == 0), ranked, -jnp.inf)
+    ranked = jnp.where(before < settings.top_p, ranked, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

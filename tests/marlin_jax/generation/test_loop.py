@@ -149,6 +149,11 @@ def test_equal_prompts_are_sampled_apart(model):
   assert rows[0] != rows[1] != rows[2] != rows[0]
 
 
+def test_every_position_is_drawn_afresh(model):
+  rows = continuations(model, PROMPTS, sampling=Sampling(temperature=1e6))  # as good as uniform
+  assert min(len(set(row)) for row in rows) > NEW // 2
+
+
 def test_chunks_do_not_change_the_samples(model):
   sampling = Sampling(temperature=1.0, top_p=0.9)
   assert continuations(model, PROMPTS, sampling=sampling, chunk=5) == continuations(model, PROMPTS, sampling=sampling)
@@ -190,6 +195,17 @@ def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(mod
     assert set(np.flatnonzero(state.seen[row])) == prompt | {int(state.token[row])}
   np.testing.assert_array_equal(state.position[:3], lengths[:3])
   np.testing.assert_array_equal(state.done, [False, False, False, True])
+
+
+def test_a_chunk_stops_when_all_rows_are_done(model):
+  structure, weights, choice, _, state = prefilled(model)
+  positions = np.asarray(state.position)
+  first, _, _ = loop.decode(structure, weights, state, np.int32(1), choice, chunk=4)
+  np.testing.assert_array_equal(first.position, positions + 1)
+  ended = first._replace(done=jnp.ones(4, bool))
+  last, _, counts = loop.decode(structure, weights, ended, np.int32(4), choice, chunk=4)
+  np.testing.assert_array_equal(last.position, positions + 1)
+  assert not counts.any()
 
 
 def test_the_state_is_donated_and_the_weights_are_not(model):

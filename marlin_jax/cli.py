@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: reads arguments, calls the package, prints errors as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from marlin_jax.bench.matmul import BATCHES, SHAPES, bench_matmul
+from marlin_jax.checkpoint import load_model, quantize_checkpoint
+from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
+from marlin_jax.demo.run import run_demo
+from marlin_jax.generation.sampling import Sampling
+from marlin_jax.quantized import QuantSpec
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status: 0, or 2 for bad input."""
+  arguments = _parser().parse_args(argv)
+  try:
+    arguments.run(arguments)
+  except (ValueError, NotImplementedError, FileNotFoundError) as error:
+    print(f"marlin-jax: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="marlin-jax", description="4-bit inference for JAX.")
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+  quantize = commands.add_parser("quantize", help="write a quantized copy of a float checkpoint")
+  quantize.add_argument("source", help="Hugging Face checkpoint folder, or a Hub model in the local cache")
+  quantize.add_argument("destination", type=Path, help="folder to write; must not exist yet")
+  quantize.add_argument("--bits", type=int, default=4)
+  quantize.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  quantize.set_defaults(run=_quantize)
+
+  generate = commands.add_parser("generate", help="continue a prompt")
+  generate.add_argument("model", help="checkpoint folder, float or quantized")
+  generate.add_argument("--prompt", required=True)
+  generate.add_argument("--max-new-tokens", type=int, default=64)
+  generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+  generate.add_argument("--top-k", type=int)
+  generate.add_argument("--top-p", type=float, default=1.0)
+  generate.add_argument("--repetition-penalty", type=float, default=1.0)
+  generate.add_argument("--seed", type=int, default=0)
+  generate.set_defaults(run=_generate)
+
+  inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without reading its weights")
+  inspect.add_argument("model", help="checkpoint folder")
+  inspect.set_defaults(run=lambda arguments: print(describe_checkpoint(arguments.model)))
+
+  demo = commands.add_parser("demo", help="quantize the model that ships, and let it write")
+  demo.set_defaults(run=lambda arguments: run_demo())
+
+  bench = commands.add_parser("bench", help="measure on the GPU at hand").add_subparsers(required=True, metavar="WHAT")
+  matmul = bench.add_parser("matmul", help="the 4-bit matmul against bfloat16")
+  matmul.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="KxN")
+  matmul.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="M")
+  matmul.add_argument("--output", type=Path, help="CSV file to write")
+  matmul.set_defaults(run=lambda arguments: bench_matmul(arguments.shapes, arguments.batches, arguments.output))
+  return parser
+
+
+def _group_size(text: str) -> int | None:
+  return None if text == "column" else int(text)
+
+
+def _shape(text: str) -> tuple[int, int]:
+  k, n = text.split("x")
+  return int(k), int(n)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+  spec = QuantSpec(bits=arguments.bits, group_size=arguments.group_size)
+  quantize_checkpoint(arguments.source, arguments.destination, spec)
+  print(describe_checkpoint(arguments.destination))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+  sampling = Sampling(
+    temperature=arguments.temperature,
+    top_k=arguments.top_k,
+    top_p=arguments.top_p,
+    repetition_penalty=arguments.repetition_penalty,
+    seed=arguments.seed,
+  )
+  model = load_model(arguments.model)
+  print(describe_matmuls(model), file=sys.stderr)
+
+  def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+  line = write_continuation(model, arguments.prompt, write, max_new_tokens=arguments.max_new_tokens, sampling=sampling)
+  print()
+  print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

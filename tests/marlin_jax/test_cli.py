@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from marlin_jax import generate, load_model
+from marlin_jax.cli import main
+from marlin_jax.demo import run as demo_run
+
+LLAMA = pathlib.Path(__file__).parent.parent / "data" / "llama-bf16"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("cli") / "quantized"
+  assert main(["quantize", str(LLAMA), str(folder), "--group-size", "64"]) == 0
+  return folder
+
+
+def test_quantize_writes_a_folder_that_loads(quantized):
+  config = json.loads((quantized / "config.json").read_text())
+  assert config["quantization_config"]["group_size"] == 64
+  assert load_model(quantized).layers[0].mlp.up_proj.packed.group_size == 64
+
+
+def test_inspect_says_what_is_there(quantized, capsys):
+  assert main(["inspect", str(quantized)]) == 0
+  out = capsys.readouterr().out
+  assert "LlamaForCausalLM: 2 layers, hidden size 256, vocabulary 512, context 256" in out
+  assert "14 quantized layers" in out and "4 bits, groups of 64" in out and "tokenizer.json" in out
+
+
+def test_inspect_of_a_float_checkpoint(capsys):
+  assert main(["inspect", str(LLAMA)]) == 0
+  assert "no quantized layers" in capsys.readouterr().out
+
+
+def test_generate_writes_what_the_python_call_returns(quantized, capsys):
+  assert main(["generate", str(quantized), "--prompt", "Hello", "--max-new-tokens", "20"]) == 0
+  out, err = capsys.readouterr()
+  assert out == generate(load_model(quantized), "Hello", max_new_tokens=20) + "\n"
+  assert "plain JAX (reference) on cpu; the kernels need an NVIDIA GPU" in err or "Pallas kernel triton" in err
+  assert "20 tokens, the first after" in err
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["inspect", "no/such/folder"], "no/such/folder"),
+    (["generate", str(LLAMA), "--prompt", ""], "prompt is empty"),
+    (["generate", str(LLAMA), "--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+    (["generate", str(LLAMA), "--prompt", "a", "--max-new-tokens", "300"], "context"),
+    (["quantize", str(LLAMA), "unused", "--group-size", "48"], "group_size=48 must be one of"),
+    (["quantize", str(LLAMA), "unused", "--bits", "3"], "bits=3 is not implemented"),
+  ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert main(arguments) == 2
+  err = capsys.readouterr().err
+  assert message in err and err.splitlines()[-1].startswith("marlin-jax: ") and "Traceback" not in err
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(quantized, tmp_path, capsys):
+  assert main(["quantize", str(quantized), str(tmp_path / "again")]) == 2
+  assert "is quantized already" in capsys.readouterr().err
+
+
+def test_bench_without_a_gpu_measures_nothing_and_says_so(capsys):
+  import jax
+
+  if jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU here")
+  assert main(["bench", "matmul"]) == 2
+  out, err = capsys.readouterr()
+  assert "nothing measured" in err and not out
+
+
+def test_demo_tells_the_whole_story(capsys):
+  demo_run.run_demo(max_new_tokens=10, windows=1)
+  out = capsys.readouterr().out
+  assert "quantized 56 layers, 35.7 MB -> 9.2 MB" in out
+  before, after = (float(part.split()[0]) for part in out.split("perplexity ")[1].split(" in bfloat16, "))
+  # The first window of the held-out text is its hardest; over all of it the perplexity is 9.1.
+  assert before == pytest.approx(34.9, rel=0.02) and before != after and abs(after / before - 1) < 0.03
+  assert demo_run.PROMPT in out and "10 tokens" in out
+  assert "plain JAX (reference) on cpu" in out or "Pallas kernel triton on NVIDIA" in out
+
+
+def test_a_checkpoint_without_a_tokenizer_is_named(quantized, tmp_path, capsys):
+  shutil.copytree(quantized, tmp_path / "mute")
+  (tmp_path / "mute" / "tokenizer.json").unlink()
+  assert main(["generate", str(tmp_path / "mute"), "--prompt", "a"]) == 2
+  assert "no tokenizer" in capsys.readouterr().err

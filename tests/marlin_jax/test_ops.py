@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marlin_jax import QuantSpec, pack, quant_matmul, quantize_rtn
+from pallas_kernels import matmul
+
+
+@pytest.fixture
+def packed(rng):
+  return pack(quantize_rtn(jnp.asarray(rng.normal(size=(128, 96)), jnp.bfloat16), QuantSpec()))
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (2, 1, 4), (0,), (3, 0)])
+def test_leading_dimensions_are_rows(rng, packed, batch):
+  x = jnp.asarray(rng.normal(size=(*batch, 128)), jnp.bfloat16)
+  y = quant_matmul(x, packed)
+  assert y.shape == (*batch, 96) and y.dtype == x.dtype
+  np.testing.assert_array_equal(y.reshape(-1, 96), matmul(x.reshape(-1, 128), packed.qweight, packed.scales))
+
+
+def test_bias_is_added_in_the_dtype_of_x(rng, packed):
+  x, bias = jnp.asarray(rng.normal(size=(3, 128)), jnp.bfloat16), jnp.asarray(rng.normal(size=96), jnp.float32)
+  y = quant_matmul(x, packed, bias)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, quant_matmul(x, packed) + bias.astype(jnp.bfloat16))
+
+
+def test_wrong_features_are_named(packed):
+  with pytest.raises(ValueError, match="x has 127 features, the weight has K=128"):
+    quant_matmul(jnp.ones((1, 127), jnp.bfloat16), packed)
+
+
+def test_strict_dtype_promotion_is_enough(rng, packed):
+  with jax.numpy_dtype_promotion("strict"):
+    quant_matmul(jnp.asarray(rng.normal(size=(2, 128)), jnp.bfloat16), packed)
+
+
+def test_the_inference_path_has_no_custom_vjp(packed):
+  x = jnp.ones((2, 128), jnp.bfloat16)
+  text = str(jax.make_jaxpr(lambda x, w: quant_matmul(x, w))(x, packed))
+  assert "custom_vjp" not in text and "custom_jvp" not in text
+
+
+def test_the_inference_path_on_a_gpu_is_the_kernel_without_custom_vjp(h200, packed):
+  text = str(jax.make_jaxpr(lambda x, w: quant_matmul(x, w))(jnp.ones((2, 128), jnp.bfloat16), packed))
+  assert "pallas_call" in text and "w4a16_triton" in text
+  assert "custom_vjp" not in text and "custom_jvp" not in text
+
+
+def test_weights_are_arguments_not_constants(lower_for_h200, packed):
+  text = lower_for_h200(quant_matmul, jax.ShapeDtypeStruct((1, 128), jnp.bfloat16), packed)
+  assert "dense<" not in text.split("custom_call")[0]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marlin_jax import PackedTensor, QuantizedTensor, QuantSpec, pack
+
+CODES = jnp.zeros((128, 64), jnp.int8)
+WORDS = jnp.zeros((1, 2, 32, 32), jnp.int16)
+
+
+@pytest.mark.parametrize("group_size, groups", [(32, 8), (64, 4), (128, 2), (None, 1)])
+def test_spec_counts_groups(group_size, groups):
+  assert QuantSpec(group_size=group_size).groups(256) == groups
+
+
+@pytest.mark.parametrize(
+  "change, error, message",
+  [
+    (dict(bits=3), NotImplementedError, "bits=3 is not implemented"),
+    (dict(group_size=-1), ValueError, "group_size=-1 must be one of"),
+    (dict(group_size=48), ValueError, "group_size=48 must be one of"),
+  ],
+)
+def test_spec_refuses_what_it_does_not_know(change, error, message):
+  with pytest.raises(error, match=message):
+    QuantSpec(**change)
+
+
+def test_spec_refuses_a_k_that_groups_do_not_divide():
+  with pytest.raises(ValueError, match="group_size=64 does not divide k=96"):
+    QuantSpec(group_size=64).groups(96)
+
+
+def test_dequantize_is_scale_times_code_minus_eight(rng):
+  codes, scales = rng.integers(0, 16, (64, 5)).astype(np.int8), rng.normal(size=(2, 5)).astype(np.float32)
+  w = QuantizedTensor(codes=jnp.asarray(codes), scales=jnp.asarray(scales)).dequantize()
+  np.testing.assert_array_equal(w, (codes.astype(np.float32) - 8) * np.repeat(scales, 32, axis=0))
+
+
+# Under pytest the annotations of the fields are checked first; these are what users see, who run without that.
+@pytest.mark.parametrize(
+  "kind, fields",
+  [
+    (QuantizedTensor, dict(codes=CODES.astype(jnp.int16), scales=jnp.ones((1, 64)))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 63)))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((3, 64)))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64), jnp.int32))),
+    (PackedTensor, dict(qweight=WORDS.astype(jnp.int32), scales=jnp.ones((1, 64)), k=128)),
+    (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 65)), k=128)),
+    (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 64)), k=129)),
+    (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((3, 64)), k=128)),
+  ],
+)
+def test_wrong_fields_are_refused(kind, fields):
+  with pytest.raises(ValueError, match="must be"):
+    kind.__post_init__(_unchecked(kind, fields))
+
+
+def _unchecked(kind, fields):
+  self = object.__new__(kind)
+  for name, value in fields.items():
+    object.__setattr__(self, name, value)
+  return self
+
+
+def test_tensors_are_frozen_pytrees_that_jit_and_tree_map_rebuild():
+  packed = pack(QuantizedTensor(codes=CODES, scales=jnp.ones((2, 64))))
+  assert [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed)] == [
+    ".qweight",
+    ".scales",
+  ]
+  rebuilt = jax.jit(lambda t: t)(packed)
+  assert isinstance(rebuilt, PackedTensor) and rebuilt.k == 128 and rebuilt.shape == (128, 64)
+  assert jax.tree.map(jnp.shape, packed).scales == (2, 64)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), packed, packed)  # a scan over layers stacks them
+  assert stacked.qweight.shape == (2, 1, 2, 32, 32)
+  with pytest.raises(AttributeError):
+    packed.k = 64
+
+
+def test_bytes_are_half_a_byte_a_weight_and_the_scales():
+  packed = pack(QuantizedTensor(codes=CODES, scales=jnp.ones((1, 64), jnp.bfloat16)))
+  assert packed.nbytes == 128 * 64 // 2 + 2 * 64
