@@ -3,8 +3,8 @@
 
     python examples/02_one_layer.py
 
-An optimizer that takes parameters sees the biases only: the packed weights have a collection, a Variable type, of
-their own.
+An optimizer that takes parameters sees the biases only: the packed weights live in the collection "quant" (Linen) or
+are of the Variable type QuantParam (NNX).
 """
 
 from functools import partial
@@ -48,17 +48,18 @@ class NnxMLP(nnx.Module):
 variables = LinenMLP().init(jax.random.key(1), x)  # or what training gave
 spec = QuantSpec(bits=4, group_size=128)
 quantized_variables, report = quantize_variables(variables, spec)
+quantized_model = LinenMLP(dense=partial(QuantDense, spec=spec))
 linen_error = relative_error(
-  LinenMLP(dense=partial(QuantDense, spec=spec)).apply(quantized_variables, x), LinenMLP().apply(variables, x)
+  jax.jit(quantized_model.apply)(quantized_variables, x), jax.jit(LinenMLP().apply)(variables, x)
 )
 print(f"Linen: {report}; outputs differ by {linen_error:.1%}")
 for collection, values in quantized_variables.items():
   print(f"  {collection}: {', '.join(traverse_util.flatten_dict(values, sep='.'))}")
 
 model = NnxMLP(nnx.Rngs(1))
-expected = model(x)
+expected = nnx.jit(model)(x)
 quantize(model, bits=4, group_size=128, progress=False)  # in place: nnx.Linear becomes QuantLinear
-nnx_error = relative_error(model(x), expected)
+nnx_error = relative_error(nnx.jit(model)(x), expected)
 print(f"NNX: outputs differ by {nnx_error:.1%}")
 for kind in (nnx.Param, QuantParam):
   print(f"  {kind.__name__}: {', '.join('.'.join(path) for path, _ in nnx.to_flat_state(nnx.state(model, kind)))}")
