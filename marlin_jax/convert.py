@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from tqdm import tqdm
 
-from marlin_jax.nnx import QuantLinear
-from marlin_jax.packing import pack
+from marlin_jax.nnx import QuantLinear, quantize_and_pack
 from marlin_jax.quantized import QuantSpec
-from marlin_jax.quantizers.rtn import quantize_rtn
 
 Path = tuple[str | int, ...]
 
@@ -170,7 +168,7 @@ def quantize_variables(
     try:
       if not jnp.isfinite(kernel).all():
         raise ValueError("the kernel holds NaN or Inf, which no codes can represent")
-      packed = pack(quantize_rtn(kernel, spec))
+      packed = quantize_and_pack(kernel, spec)
     except ValueError as error:
       raise ValueError(f"layer {'.'.join(layer)}: {error}") from error
     del params[path]

@@ -69,7 +69,9 @@ class QuantLinear(nnx.Module):
     self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
 
   @classmethod
-  def from_packed(cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype: DTypeLike | None = None) -> "QuantLinear":
+  def from_packed(
+    cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype: DTypeLike | None = None
+  ) -> "QuantLinear":
     """A layer around an existing packed weight; nothing is computed."""
     k, n = w.shape
     # The constructor's random weights are traced for the layer's structure only, and replaced.

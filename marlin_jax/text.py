@@ -5,16 +5,15 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, TypeVar, cast
 
-from flax import nnx
-
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
+from marlin_jax.models.decoder import Decoder
 
 Prompts = TypeVar("Prompts", str, list[str], list[list[int]])
 
 
 def generate(
-  model: nnx.Module,
+  model: Decoder,
   prompts: Prompts,
   *,
   max_new_tokens: int = 64,
@@ -62,7 +61,7 @@ def generate(
 
 
 def stream(
-  model: nnx.Module,
+  model: Decoder,
   prompts: str | list[str],
   *,
   max_new_tokens: int = 64,

@@ -47,14 +47,17 @@ class Device:
 
 
 def current_device() -> Device:
-  """JAX's default device, or the abstract device of the mesh in use (which lowers for a GPU that is not there)."""
+  """JAX's default device, or the abstract device of the mesh in use (which lowers for a GPU that is not there).
+
+  `with jax.default_device(jax.devices("cpu")[0])` makes it the CPU on a machine with a GPU.
+  """
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     return Device(platform=abstract.platform, kind=abstract.device_kind, num_sms=abstract.num_cores or 0)
-  device = jax.local_devices()[0]
+  device = jax.config.jax_default_device or jax.local_devices()[0]
   is_cuda = device.platform == "gpu" and "rocm" not in device.client.platform_version
   return Device(
     platform="cuda" if is_cuda else device.platform,
     kind=device.device_kind,
-    num_sms=getattr(device, "core_count", 0),
+    num_sms=getattr(device, "core_count", 0) if is_cuda else 0,
   )

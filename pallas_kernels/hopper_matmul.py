@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
-from pallas_kernels.hardware import Device, H200
+from pallas_kernels.hardware import H200, Device
 from pallas_kernels.problem import MatmulProblem
 
 Layout = plgpu.Layout
@@ -27,7 +27,7 @@ _WORDS = Layout.WG_STRIDED((8, 128), vec_size=8)
 _SWIZZLE = 128  # bytes; a row of x in shared memory is 64 values of 16 bits
 _X_TRANSFORMS = (plgpu.TilingTransform((8, layout.TILE)), plgpu.SwizzleTransform(_SWIZZLE))
 _COPY_REGISTERS = 32
-_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
+_LAUNCH_REGISTERS = {3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,8 @@ class HopperConfig:
     cluster: neighbouring column blocks that read x from L2 once, by multicast (1 or 2).
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
-    decode_ahead: dequantize the next tile while the tensor cores work on this one.
+    decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage: with one,
+      both fragments would be the same loop-carried registers, and ptxas serialises the kernel (its note C7513).
   """
 
   block_m: int
@@ -63,10 +64,11 @@ class HopperConfig:
         raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
     if self.split_k < 1 or self.num_stages < 2:
       raise ValueError(f"split_k={self.split_k} must be at least 1 and num_stages={self.num_stages} at least 2")
-    if self.shared_memory(group_size=32, itemsize=4) > H200.shared_memory:
-      raise ValueError(f"{self} needs more than {H200.shared_memory} bytes of shared memory")
+    if self.decode_ahead and self.block_k == layout.TILE:
+      raise ValueError(f"decode_ahead needs block_k={self.block_k} to be at least {2 * layout.TILE}")
+    self.check_shared_memory(group_size=self.block_k, itemsize=2)
     # Accumulators, two fragments, and what addresses and the loop take.
-    needed = self.block_m // 2 * (1 if self.scale_weights else 2) + 16 * (1 + self.decode_ahead) + 24
+    needed = self.block_m // 2 * (1 if self.scale_weights else 2) + 16 * (1 + self.decode_ahead) + 16
     if needed > self.compute_registers:
       raise ValueError(f"{self} needs some {needed} registers a thread; {self.compute_registers} can be had")
 
@@ -87,13 +89,15 @@ class HopperConfig:
     pool = warpgroups * _LAUNCH_REGISTERS[warpgroups]
     return min(240, (pool - _COPY_REGISTERS) // self.num_compute_warpgroups // 8 * 8)
 
-  def shared_memory(self, group_size: int, itemsize: int) -> int:
-    """Bytes of shared memory of one program, with scales of `itemsize` bytes."""
+  def check_shared_memory(self, group_size: int, itemsize: int):
+    """Raises ValueError if the stages do not fit into shared memory, with scales of `itemsize` bytes."""
     words = self.block_n * self.block_k // 2
     scales = max(1, self.block_k // group_size) * self.block_n * itemsize
     stage = words + self.block_m * self.block_k * 2 + scales
-    barriers = 16 * self.num_stages + 1024  # and alignment
-    return self.num_stages * stage + self.block_m * self.block_n * (2 if self.split_k == 1 else 4) + barriers
+    y = self.block_m * self.block_n * (2 if self.split_k == 1 else 4)
+    needed = self.num_stages * stage + y + 2048  # barriers and alignment
+    if needed > H200.shared_memory:
+      raise ValueError(f"{self} needs {needed} bytes of shared memory, more than {H200.shared_memory}")
 
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
@@ -114,9 +118,11 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
 def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
   """The config for `problem` on a GPU with `num_sms` multiprocessors, from its sizes alone."""
   k, n = layout.padded_shape(problem.k, problem.n)
-  block_m = next(block for block in (8, 16, 32, 64, 128, 256) if problem.m <= block or block == 256)
+  # Groups of 32 have two partial sums a tile, more registers than a wide block leaves.
+  largest = 64 if problem.group_size < min(layout.TILE, problem.k) else 256
+  block_m = next(block for block in (8, 16, 32, 64, 128, 256) if problem.m <= block or block == largest)
   warpgroups = {8: 4, 16: 4, 32: 4, 64: 3}.get(block_m, 2)
-  block_k = 256 if block_m <= 16 else 128 if block_m <= 64 else 64
+  block_k = {8: 256, 16: 256, 256: 64}.get(block_m, 128)
   if problem.group_size < problem.k:
     while block_k % problem.group_size and problem.group_size % block_k:
       block_k //= 2
@@ -130,17 +136,16 @@ def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
     num_stages=2,
     split_k=split_k,
     scale_weights=block_m == 256,
+    decode_ahead=block_k > layout.TILE,
   )
-  stages = next(s for s in range(8, 1, -1) if _fits(config, s))
-  return dataclasses.replace(config, num_stages=stages)
-
-
-def _fits(config: HopperConfig, num_stages: int) -> bool:
-  try:
-    dataclasses.replace(config, num_stages=num_stages)
-  except ValueError:
-    return False
-  return True
+  for stages in range(8, 2, -1):
+    try:
+      deeper = dataclasses.replace(config, num_stages=stages)
+      deeper.check_shared_memory(_group_size(problem, config), 4)
+      return deeper
+    except ValueError:
+      pass
+  return config
 
 
 # --- the pieces that Pallas has no words for ---------------------------------------------------------------------
@@ -335,8 +340,8 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
   steps_each = -(-steps_total // c.split_k)
   first_step = sk * steps_each
   steps = jnp.minimum(steps_each, steps_total - first_step)
-  groups, group_size = problem.k // problem.group_size, problem.group_size
-  runs = max(1, c.block_k // group_size) if groups > 1 else 1  # scale groups in a step
+  group_size = _group_size(problem, c)
+  runs = max(1, c.block_k // group_size)  # scale groups in a step
   dtype = problem.dtype
 
   @pl.when(wg == compute_wgs)
@@ -360,7 +365,7 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
         full.at[stage],
         collective_axes="pair" if c.cluster > 1 else None,
       )
-      group = 0 if groups == 1 else step * c.block_k // group_size
+      group = 0 if problem.group_size == problem.k else step * c.block_k // group_size
       plgpu.copy_gmem_to_smem(
         s_gmem.at[pl.ds(group, runs), pl.ds(nb * c.block_n, c.block_n)], s_smem.at[stage], full.at[stage]
       )
@@ -387,7 +392,7 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
       partial = acc if c.scale_weights else None
       for tile in range(tiles):
         x = x_smem.at[stage, :, pl.ds(tile * layout.TILE, layout.TILE)]
-        if group_size == 32 and groups > 1:
+        if group_size < layout.TILE:
           started = [_mma_issue(w, x, None, k_steps=(2 * half, 2 * half + 2)) for half in range(2)]
         else:
           started = [_mma_issue(w, x, partial)]
@@ -465,7 +470,7 @@ def matmul_hopper(
 
   Raises:
     ValueError: neither of config's block_k and the group size divides the other, or config scales weights of groups
-      of 32.
+      of 32; or the stages do not fit into shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
@@ -473,6 +478,8 @@ def matmul_hopper(
     raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
   if groups > 1 and problem.group_size < layout.TILE and config.scale_weights:
     raise ValueError(f"scale_weights needs groups of at least {layout.TILE}, not group_size={problem.group_size}")
+  runs = max(1, config.block_k // _group_size(problem, config))
+  config.check_shared_memory(config.block_k // runs, scales.dtype.itemsize)
   n_tiles, k_tiles, _, _ = qweight.shape
   c = config
   tiles = c.block_k // layout.TILE
@@ -481,7 +488,6 @@ def matmul_hopper(
   # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
   x = _pad(x, 8 if m > 8 else 1, layout.TILE)
   scales = _pad(scales, 1, 8)
-  runs = max(1, c.block_k // problem.group_size) if groups > 1 else 1
   y_dtype = x.dtype if c.split_k == 1 else jnp.float32
   n_blocks = -(-n_tiles // c.num_compute_warpgroups)
   SMEM, stages = plgpu.SMEM, c.num_stages
@@ -516,6 +522,11 @@ def matmul_hopper(
     # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.
     y = y.sum(0, keepdims=True).astype(x.dtype)
   return y[0, :, :n]
+
+
+def _group_size(problem: MatmulProblem, config: HopperConfig) -> int:
+  """k that share a scale; a whole column has the same one in every step, however long the column is."""
+  return problem.group_size if problem.group_size < problem.k else config.block_k
 
 
 def _pad(array, rows: int, columns: int):

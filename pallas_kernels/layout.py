@@ -16,8 +16,8 @@ Why this order: in a matrix instruction with the weights on the left (wgmma, mma
 for wgmma.mma_async.m64nNk16"), thread t of 128 owns, of a 64 x 64 operand, rows 16 (t // 32) + t % 32 // 4 (+ 8) and
 columns 2 (t % 4) + {0, 1} (+ 8 i). Words 8t .. 8t+7 of a tile (row r = t // 4, c = 8 (t % 4) .. + 7) hold exactly
 those 32 codes: one 16-byte load per thread, and `word pair >> 4p & 0x000F000F` is a register of the fragment. A
-Triton program cannot choose which thread holds what, but it can multiply four 32 x 32 nibble planes, with `x` read
-in the order `plane_k`.
+Mosaic kernel says so itself; in a Triton kernel the four nibble planes are joined and their index bits transposed to
+the natural order of n and k, which its compiler finds to be a renaming of registers.
 
 N is padded to a multiple of 64 and K to one of 128 with codes that dequantize to zero, once, at packing time; the
 logical sizes are those of `scales` and `x`.

@@ -19,6 +19,11 @@ from pallas_kernels.problem import MatmulProblem
 # Element offsets inside the kernel are 32-bit; Pallas widens them only above 2^32 elements.
 _MAX_ELEMENTS = 2**31 - 1
 
+# Bits of the word's coordinates, in memory order, and of the nibble: p = 2 half + odd (see layout.py).
+_WORD_AXES = ("n_tile", "k_tile", "warp", "lane", "quad", "j", "e", "half", "odd")
+# The same bits in the order of n = (n_tile, warp, odd, lane) and k = (k_tile, j, half, quad, e).
+_WEIGHT_AXES = ("n_tile", "warp", "odd", "lane", "k_tile", "j", "half", "quad", "e")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TritonConfig:
@@ -27,7 +32,7 @@ class TritonConfig:
   Attributes:
     block_m: rows of x, the narrow side of the matrix instruction; a power of two, at least 16.
     block_n: columns, a multiple of the layout's 64 that is a power of two.
-    block_k: k per loop step: 32, 64 or 128. It must divide the group size (a step has one scale per column).
+    block_k: k per loop step, 64 or 128.
     split_k: programs that share one output block; each sums a run of K, a second pass adds the runs in order.
     num_warps, num_stages: Triton's threads / 32 and depth of its load pipeline.
   """
@@ -41,7 +46,7 @@ class TritonConfig:
 
   def __post_init__(self):
     for name, allowed in dict(
-      block_m=(16, 32, 64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64, 128), num_warps=(1, 2, 4, 8, 16)
+      block_m=(16, 32, 64, 128, 256), block_n=(64, 128, 256), block_k=(64, 128), num_warps=(1, 2, 4, 8, 16)
     ).items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
@@ -55,85 +60,98 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
-  if problem.group_size not in (32, 64) and problem.group_size % 128 and problem.group_size != problem.k:
-    return f"group_size={problem.group_size} must be 32, 64, a multiple of 128 or the whole column"
+  if 64 % problem.group_size and problem.group_size % 64 and problem.group_size != problem.k:
+    return f"group_size={problem.group_size} must divide 64, be a multiple of it, or be the whole column"
   k, n = layout.padded_shape(problem.k, problem.n)
   if max(k * n // 4, problem.m * k, problem.m * n) > _MAX_ELEMENTS:
     return f"a {problem.m} x {k} x {n} product has an operand of more than 2^31 elements"
   return None
 
 
-def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, k_tiles, use_asm):
+def _dequantize(words, dtype, *, use_asm: bool):
+  """Words [n_tiles, k_tiles * 1024] -> codes - 8 as [64 n_tiles, 64 k_tiles], natural order of n and k on both sides.
+
+  A thread that loaded 16 bytes holds its own fragment of the matrix instruction (layout.py), so joining the planes and
+  transposing the bits of the index moves no data between threads: Triton turns it into a renaming of registers.
+  """
+  n_tiles, k_tiles = words.shape[0], words.shape[1] // layout.TILE_WORDS
+  planes = [nibble_plane(words, p, dtype, use_asm=use_asm) for p in range(4)]
+  low, high = (jnp.stack(planes[2 * half : 2 * half + 2], axis=-1) for half in range(2))
+  w = jnp.stack([low, high], axis=-1)  # [..., odd, half]
+  sizes = dict(n_tile=n_tiles, k_tile=k_tiles, warp=4, lane=8, quad=4, j=4, e=2, odd=2, half=2)
+  axes = (*_WORD_AXES[:-2], "odd", "half")
+  w = w.reshape([sizes[axis] for axis in axes]).transpose([axes.index(axis) for axis in _WEIGHT_AXES])
+  return w.reshape(n_tiles * layout.TILE, k_tiles * layout.TILE)
+
+
+def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
 
-  One program: block_n columns x block_m rows x one of split_k runs of K.
+  One program: block_n columns x block_m rows x one of split_k runs of K. A step:
 
-    load    words [block_n / 2, block_k / 2], x [block_m, block_k / 2] twice, scales      (pipelined num_stages deep)
-    decode  four nibble planes [block_n / 2, block_k / 2] in registers
-    dot     acc[n half] += plane(n half, k half) . x(k half)^T        weights on the left: on Hopper the register
-            operand of wgmma, and a few rows of x cost a narrow instruction instead of padding to 64
-    scale   on the float32 sum of the step, block_m multiplications a column instead of block_k
-
-  The planes are 32 x 32 sub-matrices of a tile (layout.py), so two accumulators hold the two n halves, and x is read
-  in the order of plane_k: pairs of neighbours, gathered from L2 by index arithmetic instead of permuting x in a
-  launch of its own.
+    load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
+            the scales of the next step                                   (a step ahead, by hand: Triton pipelines
+                                                                          only what feeds a dot)
+    decode  four nibble planes, joined to w [block_n, block_k], in registers
+    dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
+                                                    few rows of x cost a narrow instruction instead of padding to 64
+    scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
   """
-  c = config
+  c, group_size = config, problem.group_size
   m0, n_block, sk = pl.program_id(0) * c.block_m, pl.program_id(1), pl.program_id(2)
-  rows, cols = jnp.arange(c.block_n // 2, dtype=jnp.int32), jnp.arange(c.block_k // 2, dtype=jnp.int32)
-  n_tile = n_block * (c.block_n // layout.TILE) + rows // 32
-  row_words = n_tile * (k_tiles * layout.TILE_WORDS) + rows % 32 * 32
-  n_of = [n_tile * layout.TILE + layout.plane_n(rows % 32, odd) for odd in range(2)]
-  m = m0 + jnp.arange(c.block_m, dtype=jnp.int32)
-  steps_total = k_tiles * layout.TILE // c.block_k
-  steps_each = -(-steps_total // c.split_k)
-  grouped = problem.group_size < problem.k
+  k_words = layout.TILE_WORDS // layout.TILE  # words of a row of tiles per k
+  steps = w_ref.shape[1] // k_words // c.block_k
+  steps_each = -(-steps // c.split_k)
+  n_tiles = c.block_n // layout.TILE
+  n0, n_tile0 = n_block * c.block_n, n_block * n_tiles
+  # A step inside one group has one scale a column; a step over several groups one dot for each, x masked to its k.
+  groups_per_step = max(1, c.block_k // group_size)
+  last_group = problem.k // group_size - 1
+  m, n = m0 + jnp.arange(c.block_m, dtype=jnp.int32), n0 + jnp.arange(c.block_n, dtype=jnp.int32)
+  # Where nothing sticks out there is no mask at all, so that loads stay 16 bytes wide.
+  m_inside = None if problem.m % c.block_m == 0 else m < problem.m
+  n_inside = None if problem.n % c.block_n == 0 else n < problem.n
 
-  def column_of(step):
-    """(word offset in the row of tiles, k of half 0) of the columns of one step; half 1 is 8 further."""
-    if c.block_k == 32:  # half a tile: of every eight columns of a plane, the four with j // 2 == step % 2
-      tile, column = step // 2, 8 * (cols // 4) + 4 * (step % 2) + cols % 4
-    else:
-      tile, column = step * (c.block_k // layout.TILE) + cols // 32, cols % 32
-    return tile * layout.TILE_WORDS + column, tile * layout.TILE + layout.plane_k(column, 0)
+  def load_scales(i):
+    # Beyond the last group (the step after the last, the K padding) the codes are zero: any finite scale will do.
+    groups = [jnp.minimum(lax.div(i * c.block_k, group_size) + g, last_group) for g in range(groups_per_step)]
+    fill = None if n_inside is None else 0.0
+    return tuple(plt.load(s_ref.at[g, pl.ds(n0, c.block_n)], mask=n_inside, other=fill) for g in groups)
 
-  def step(i, accs):
-    words_at, k_at = column_of(i)
-    words = plt.load(w_ref.at[row_words[:, None] + words_at[None, :]], eviction_policy="evict_first")
-    partial = [None, None]
-    for half in range(2):
-      k = k_at + 8 * half
-      x = plt.load(
-        x_ref.at[jnp.broadcast_to(m[:, None], (c.block_m, k.size)), jnp.broadcast_to(k[None, :], (c.block_m, k.size))],
-        mask=(m < problem.m)[:, None] & (k < problem.k)[None, :],
-        other=0.0,
-      )
-      for odd in range(2):
-        plane = nibble_plane(words, 2 * half + odd, x.dtype, use_asm=use_asm)
-        dot = lax.dot_general(plane, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        partial[odd] = dot if half == 0 else partial[odd] + dot
-    return tuple(accs[odd] + scaled(partial[odd], odd, i * c.block_k // problem.group_size) for odd in range(2))
+  def load_x(k0, group):
+    k = jnp.arange(c.block_k, dtype=jnp.int32)
+    k_inside = [] if problem.k % layout.K_MULTIPLE == 0 else [k0 + k < problem.k]
+    if groups_per_step > 1:
+      k_inside += [k >= group * group_size, k < (group + 1) * group_size]
+    masks = [mask[None, :] for mask in k_inside] + ([] if m_inside is None else [m_inside[:, None]])
+    index = x_ref.at[pl.ds(m0, c.block_m), pl.ds(k0, c.block_k)]
+    if not masks:
+      return plt.load(index)
+    mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_k))
+    return plt.load(index, mask=mask, other=0.0)
 
-  def scaled(partial, odd, group):
-    if not grouped:
-      return partial  # once, after the loop
-    return partial * load_scales(odd, group)
+  def step(i, carry):
+    acc, scales = carry
+    next_scales = load_scales(i + 1)
+    k0 = i * c.block_k
+    words = plt.load(
+      w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(k0 * k_words, c.block_k * k_words)],
+      eviction_policy="evict_first",
+    )
+    w = _dequantize(words, x_ref.dtype, use_asm=use_asm)
+    for group, scale in enumerate(scales):
+      x = load_x(k0, group)
+      partial = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+      acc += partial * scale.astype(jnp.float32)[:, None]
+    return acc, next_scales
 
-  def load_scales(odd, group):
-    # The K padding lies beyond the last group: its codes are zero, any finite scale will do.
-    group = jnp.minimum(group, problem.k // problem.group_size - 1)
-    s = plt.load(s_ref.at[jnp.full_like(rows, group), n_of[odd]], mask=n_of[odd] < problem.n, other=0.0)
-    return s.astype(jnp.float32)[:, None]
-
-  zeros = jnp.zeros((c.block_n // 2, c.block_m), jnp.float32)
   first = sk * steps_each
-  accs = lax.fori_loop(first, jnp.minimum(first + steps_each, steps_total), step, (zeros, zeros))
-  for odd in range(2):
-    acc = accs[odd] if grouped else accs[odd] * load_scales(odd, 0)
-    shape = acc.shape
-    index = (sk, jnp.broadcast_to(m[None, :], shape), jnp.broadcast_to(n_of[odd][:, None], shape))
-    mask = (m < problem.m)[None, :] & (n_of[odd] < problem.n)[:, None]
-    plt.store(y_ref.at[index], acc.astype(y_ref.dtype), mask=mask)
+  zeros = jnp.zeros((c.block_n, c.block_m), jnp.float32)
+  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (zeros, load_scales(first)))
+  masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
+  mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
+  index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
+  plt.store(index, acc.T.astype(y_ref.dtype), mask=mask)
 
 
 def matmul_triton(
@@ -154,23 +172,24 @@ def matmul_triton(
     interpret: run the kernel's body on the CPU, for tests.
 
   Raises:
-    ValueError: config's block_k does not divide the group size.
+    ValueError: block_k and the group size do not fit each other, or block_n does not divide the padded N.
   """
   (m, k), (groups, n) = x.shape, scales.shape
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
-  if groups > 1 and problem.group_size % config.block_k:
-    raise ValueError(f"block_k={config.block_k} must divide group_size={problem.group_size}")
-  n_tiles, k_tiles, _, _ = qweight.shape
-  n_blocks = -(-n_tiles * layout.TILE // config.block_n)
-  kernel = functools.partial(_kernel, problem=problem, config=config, k_tiles=k_tiles, use_asm=not interpret)
+  if config.block_k % problem.group_size and problem.group_size % config.block_k and groups > 1:
+    raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
+  n_tiles = qweight.shape[0]
+  if n_tiles * layout.TILE % config.block_n:
+    raise ValueError(f"block_n={config.block_n} must divide the padded N={n_tiles * layout.TILE}")
+  kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
   partials = pl.pallas_call(
     kernel,
     out_shape=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else x.dtype),
-    grid=(-(-m // config.block_m), n_blocks, config.split_k),
+    grid=(-(-m // config.block_m), n_tiles * layout.TILE // config.block_n, config.split_k),
     compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
     interpret=interpret,
     name="w4a16_triton",
-  )(x, qweight.reshape(-1), scales)
+  )(x, qweight.reshape(n_tiles, -1), scales)
   if config.split_k == 1:
     return partials[0]
   # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.

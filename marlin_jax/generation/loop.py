@@ -18,11 +18,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from marlin_jax.generation.sampling import GREEDY, Sampling, SamplingArrays, sample
 from marlin_jax.generation.weights import Structure, split
+from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.kv_cache import KVCache
 
 _SMALLEST_BUCKET = 16
@@ -138,7 +138,7 @@ def decode(
 
 
 def generate_tokens(
-  model: nnx.Module,
+  model: Decoder,
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
@@ -169,7 +169,7 @@ def generate_tokens(
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
       raise ValueError(f"{name}={value!r} must be an integer, at least 1")
   if not isinstance(sampling, Sampling):
-    raise ValueError(f"sampling={sampling!r} must be a marlin_jax.generation.Sampling")
+    raise ValueError(f"sampling={sampling!r} must be a marlin_jax.generation.sampling.Sampling")
   rows = _checked_prompts(prompts, config.vocab_size)
   longest = max(len(row) for row in rows)
   context = config.max_position_embeddings
@@ -191,9 +191,7 @@ def generate_tokens(
 
   def chunks() -> Iterator[list[list[int]]]:
     structure, weights = split(model)
-    state = prefill(
-      structure, weights, tokens, lengths, np.uint32(sampling.seed), choice, cache_length=cache_length
-    )
+    state = prefill(structure, weights, tokens, lengths, np.uint32(sampling.seed), choice, cache_length=cache_length)
     yield [[token] for token in np.asarray(state.token)[: len(rows)].tolist()]
     remaining = max_new_tokens - 1
     while remaining > 0 and not np.asarray(state.done).all():

@@ -16,8 +16,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 _NO_TOP_K = np.iinfo(np.int32).max
-# Dividing by a subnormal temperature is a division by zero wherever subnormals are flushed.
-_COLDEST = float(np.finfo(np.float32).tiny)
 
 
 class SamplingArrays(NamedTuple):
@@ -138,5 +136,5 @@ def sample(
   # One branch runs, so greedy pays for no random bits and only a cut pays for the sort. One switch and not two nested
   # conditions: on a GPU the host reads each predicate before it can go on.
   cut = (settings.top_k < logits.shape[-1]) | (settings.top_p < 1)
-  branch = jnp.where(settings.temperature < _COLDEST, 0, jnp.where(cut, 2, 1))
+  branch = jnp.where(settings.temperature == 0, 0, jnp.where(cut, 2, 1))
   return jax.lax.switch(branch, (greedy, draw, draw_cut))

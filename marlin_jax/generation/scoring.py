@@ -7,10 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int32, Integer
 
 from marlin_jax.generation.weights import Structure, split
+from marlin_jax.models.decoder import Decoder
 
 # A program works through about this many tokens: enough rows to keep a device busy, few enough for their logits to fit.
 _TOKENS_PER_BATCH = 4096
@@ -24,7 +24,7 @@ def _score(structure: Structure, weights: list[Array], windows: Int32[Array, "B 
   return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - targets, axis=-1)
 
 
-def perplexity(model: nnx.Module, tokens: Int[np.ndarray, " N"], *, window: int) -> float:
+def perplexity(model: Decoder, tokens: Integer[np.ndarray, " N"], *, window: int) -> float:
   """exp(mean of -log p(token | the tokens before it in its window)).
 
   `tokens` are cut into N // window windows that do not overlap. In each window every token but the first is scored,

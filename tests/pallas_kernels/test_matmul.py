@@ -150,7 +150,7 @@ def test_nonsense_is_a_value_error(change, message):
 
 
 def test_a_named_implementation_is_never_replaced(h200):
-  # 96 is a group size that the kernel has no steps for.
+  # 96 is a group size that neither divides the kernel's steps nor is a multiple of them.
   args = jnp.ones((1, 192), BF16), jnp.zeros(layout.qweight_shape(192, 64), jnp.int16), jnp.ones((2, 64), BF16)
   with pytest.raises(NotImplementedError, match=r"'triton' does not cover.*group_size=96"):
     matmul(*args, implementation="triton")

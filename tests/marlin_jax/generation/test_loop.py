@@ -247,7 +247,7 @@ def test_weights_are_arguments_and_never_constants(monkeypatch, model):
     ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer, at least 1"),
     ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be an integer, at least 1"),
     ({"chunk": 0}, "chunk=0 must be an integer, at least 1"),
-    ({"sampling": None}, r"sampling=None must be a marlin_jax\.generation\.Sampling"),
+    ({"sampling": None}, r"sampling=None must be a marlin_jax\.generation\.sampling\.Sampling"),
   ],
   ids=str,
 )

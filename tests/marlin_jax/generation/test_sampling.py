@@ -30,7 +30,7 @@ def frequencies(probabilities, sampling, draws=4096):
 
 @pytest.fixture
 def logits():
-  return jax.random.normal(jax.random.key(7), (ROWS, VOCAB)) * 3
+  return jax.random.normal(jax.random.key(7), (ROWS, VOCAB)) * 30
 
 
 def test_greedy_takes_the_largest_logit_and_the_lowest_id_of_a_tie():
@@ -43,7 +43,7 @@ def test_greedy_takes_the_largest_logit_and_the_lowest_id_of_a_tie():
     Sampling(temperature=1.0, top_k=1),
     Sampling(temperature=5.0, top_k=1),
     Sampling(temperature=1e-6),
-    Sampling(temperature=1e-30),
+    Sampling(temperature=2e-38),
     Sampling(temperature=1e-42),
     Sampling(temperature=1e-6, top_k=5, top_p=0.9),
     Sampling(temperature=1.0, top_p=1e-6),
@@ -54,6 +54,12 @@ def test_greedy_takes_the_largest_logit_and_the_lowest_id_of_a_tie():
 def test_limits_are_greedy(logits, sampling):
   for seed in range(4):
     np.testing.assert_array_equal(draw(logits, sampling, seed), np.argmax(logits, axis=-1))
+
+
+def test_a_top_k_beyond_the_vocabulary_cuts_nothing(logits):
+  for top_k in (VOCAB, 2**40):
+    expected = draw(logits / 30, Sampling(temperature=1.0))
+    np.testing.assert_array_equal(draw(logits / 30, Sampling(temperature=1.0, top_k=top_k)), expected)
 
 
 def test_top_1_breaks_ties_as_greedy_does():

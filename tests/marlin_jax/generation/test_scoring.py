@@ -13,7 +13,7 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 
 @pytest.fixture(scope="module")
 def tokens(model):
-  return np.random.default_rng(3).integers(0, model.config.vocab_size, 75)
+  return np.random.default_rng(3).integers(0, model.config.vocab_size, 75, dtype=np.uint16)
 
 
 def longhand(model, tokens, window):

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Mosaic GPU kernel: its configs, and its lowering for an H200. What it computes is seen on a GPU only."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import MatmulProblem, hardware, layout
+from pallas_kernels.hopper_matmul import HopperConfig, hopper_config, matmul_hopper, unsupported_reason
+from tests.pallas_kernels import problems
+
+BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
+H200 = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
+CONFIG = HopperConfig(block_m=16, num_compute_warpgroups=4, block_k=128, num_stages=4)
+VARIANTS = [
+  dict(),
+  dict(num_compute_warpgroups=2),
+  dict(num_compute_warpgroups=3, num_stages=2),
+  dict(block_k=64, decode_ahead=False),
+  dict(block_k=256),
+  dict(decode_ahead=False),
+  dict(split_k=3),
+  dict(cluster=2),
+  dict(cluster=2, split_k=2, num_compute_warpgroups=2),
+  dict(scale_weights=True),
+]
+
+needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+
+
+def shapes(m, k, n, group_size, dtype):
+  shape = jax.ShapeDtypeStruct
+  return shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
+
+
+def assert_fast_path(text, dtype, block_m):
+  assert "mosaic_gpu_v2" in text
+  assert "lop3.b32" in text and f"wgmma.mma_async.sync.aligned.m64n{block_m}k16.f32.{dtype}" in text
+  assert "sitofp" not in text and "uitofp" not in text  # no slow conversion
+  assert "shfl.sync.bfly" not in text and "prmt" not in text  # no exchange between threads
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("dtype, ptx", [(BF16, "bf16"), (F16, "f16")], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 1024])
+@pytest.mark.parametrize("m", [1, 8, 16, 17, 64, 128, 257])
+def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, m, group_size, dtype, ptx):
+  k, n = 1024, 1088
+  config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=dtype), num_sms=132)
+  text = lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(m, k, n, group_size, dtype))
+  assert_fast_path(text, ptx, config.block_m)
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_every_kind_of_config_lowers_for_an_h200(lower_for_h200, change):
+  config = dataclasses.replace(CONFIG, **change)
+  text = lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(16, 1024, 1088, 128, BF16))
+  assert_fast_path(text, "bf16", 16)
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("m, k, n, group_size", [(1, 1, 1, 1), (5, 77, 93, 77), (9, 96, 65, 32), (3, 384, 63, 192)])
+def test_odd_sizes_lower_for_an_h200(lower_for_h200, m, k, n, group_size):
+  config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16), num_sms=132)
+  lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(m, k, n, group_size, BF16))
+
+
+@pytest.mark.gpu
+@needs_jax_0_11
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
+  x, codes, scales = problems.cancel(rng, 13, 640, 192, 5, BF16)
+  config = dataclasses.replace(CONFIG, **change)
+  y = jax.jit(functools.partial(matmul_hopper, config=config))(x, problems.packed(codes), scales)
+  np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(block_m=24), "block_m=24 must be one of"),
+    (dict(num_compute_warpgroups=5), "num_compute_warpgroups=5 must be one of"),
+    (dict(block_k=192), "block_k=192 must be one of"),
+    (dict(cluster=4), "cluster=4 must be one of"),
+    (dict(split_k=0), "split_k=0 must be at least 1"),
+    (dict(num_stages=1), "num_stages=1 at least 2"),
+    (dict(block_k=64), "decode_ahead needs block_k=64 to be at least 128"),
+    (dict(num_stages=40), "bytes of shared memory, more than 232448"),
+    (dict(block_m=128, num_stages=2), "needs some 176 registers a thread; 112 can be had"),
+  ],
+)
+def test_a_config_checks_itself(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("warpgroups, registers", [(2, 232), (3, 160), (4, 112)])
+def test_registers_never_exceed_what_the_launch_gave(warpgroups, registers):
+  # Asked for more, the GPU waits for ever: four warpgroups at 112 and one at 40 hang, 104 and 40 do not.
+  config = dataclasses.replace(CONFIG, num_compute_warpgroups=warpgroups)
+  assert config.compute_registers == registers
+  launched = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+  assert warpgroups * registers + 32 <= (warpgroups + 1) * launched
+
+
+@pytest.mark.parametrize(
+  "group_size, change, message",
+  [
+    (96, dict(), "block_k=128 and group_size=96: one must divide the other"),
+    (32, dict(scale_weights=True), "scale_weights needs groups of at least 64, not group_size=32"),
+  ],
+)
+def test_config_and_groups_must_fit(group_size, change, message):
+  config = dataclasses.replace(CONFIG, **change)
+  arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 192, 64, group_size, BF16)]
+  with pytest.raises(ValueError, match=message):
+    matmul_hopper(*arrays, config=config)
+
+
+def test_unsupported_reason_names_the_obstacle(monkeypatch):
+  problem = MatmulProblem(m=1, n=128, k=192, group_size=64, dtype=BF16)
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  assert "needs JAX 0.11" in unsupported_reason(problem, H200)
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  assert unsupported_reason(problem, H200) is None
+  for change, device, message in (
+    (dict(), hardware.Device(platform="cpu", kind="cpu", num_sms=0), "NVIDIA GPUs, not on cpu"),
+    (dict(), dataclasses.replace(H200, kind="NVIDIA A100-SXM4-80GB"), "'NVIDIA A100-SXM4-80GB' is none"),
+    (dict(dtype=jnp.dtype(jnp.float32)), H200, "not float32"),
+    (dict(group_size=96), H200, "group_size=96 must be 32, a multiple of 64"),
+  ):
+    assert message in unsupported_reason(dataclasses.replace(problem, **change), device)
