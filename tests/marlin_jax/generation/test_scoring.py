@@ -21,7 +21,7 @@ def longhand(model, tokens, window):
   scores = []
   for first in range(0, len(tokens) - window + 1, window):
     part = tokens[first : first + window]
-    logits = np.asarray(forward(model, part[None]), np.float64)[0]
+    logits = np.asarray(forward(model, np.int32(part)[None]), np.float64)[0]
     for i in range(1, window):
       row = logits[i - 1]
       scores.append(np.log(np.sum(np.exp(row - row.max()))) + row.max() - row[part[i]])
