@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_jax.bench.matmul import BATCHES, SHAPES, bench_matmul
+from marlin_jax.bench.plot import plot_matmul
 from marlin_jax.checkpoint import load_model, quantize_checkpoint
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
 from marlin_jax.demo.run import run_demo
@@ -60,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
   matmul.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="M")
   matmul.add_argument("--output", type=Path, help="CSV file to write")
   matmul.set_defaults(run=lambda arguments: bench_matmul(arguments.shapes, arguments.batches, arguments.output))
+  plot = bench.add_parser("plot", help="draw the table of `bench matmul`")
+  plot.add_argument("table", type=Path)
+  plot.add_argument("image", type=Path)
+  plot.set_defaults(run=lambda arguments: plot_matmul(arguments.table, arguments.image))
   return parser
 
 

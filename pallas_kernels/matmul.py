@@ -4,12 +4,16 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
-from pallas_kernels import layout, reference, triton_matmul, tuning
+from pallas_kernels import hopper_matmul, layout, reference, triton_matmul, tuning
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
 # name -> why it cannot take a problem on a device (None: it can); fastest first. The reference can take everything.
-IMPLEMENTATIONS = {"triton": triton_matmul.unsupported_reason, "reference": reference.unsupported_reason}
+IMPLEMENTATIONS = {
+  "hopper": hopper_matmul.unsupported_reason,
+  "triton": triton_matmul.unsupported_reason,
+  "reference": reference.unsupported_reason,
+}
 
 # Interpret mode stands in for a GPU: few multiprocessors, so that small tests split K as large problems do.
 INTERPRETED = Device(platform="cuda", kind="interpreter", num_sms=4)
@@ -18,7 +22,8 @@ INTERPRETED = Device(platform="cuda", kind="interpreter", num_sms=4)
 def choose_implementation(problem: MatmulProblem, device: Device | None = None) -> str:
   """Name of the implementation that `matmul` takes for `problem` on `device` (default: the current one).
 
-  On a GPU only kernels are candidates: the reference is slower than bf16, so there it must be asked for by name.
+  Without a GPU that is the reference. On one it is a kernel; the reference, slower than a bfloat16 product, must be
+  asked for by name there.
 
   Raises:
     NotImplementedError: no kernel covers the problem on this GPU; every kernel's reason is listed.
@@ -75,5 +80,7 @@ def matmul(
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
     return reference.matmul_reference(x, qweight, scales)
+  if implementation == "hopper":
+    return hopper_matmul.matmul_hopper(x, qweight, scales, config=tuning.hopper_config(problem, device.num_sms))
   config = tuning.triton_config(problem, device.num_sms)
   return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)

@@ -2,33 +2,34 @@
 """`marlin-jax bench matmul`: the 4-bit product against bfloat16 and against what the hardware allows."""
 
 import csv
+import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_ceilings
-from pallas_kernels import MatmulProblem, choose_implementation, current_device, matmul, qweight_shape
+from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, current_device, matmul, qweight_shape
 from pallas_kernels.reference import matmul_reference
+from pallas_kernels.tuning import hopper_config, triton_config
 
 # (K, N): a large MLP, and the layers of a 7B model.
 SHAPES = ((8192, 28672), (4096, 12288), (14336, 4096), (4096, 4096))
-BATCHES = (1, 8, 16, 32, 64, 128)
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 GROUP_SIZE = 128
 _TOLERANCE = 1.05  # a figure this far beyond the measured ceilings is a measuring error
 _MAX_ERROR = 2.0**-8  # what rounding the result once to bfloat16 explains
 
 
 def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], output: Path | None) -> None:
-  """Measures every shape at every batch size in bfloat16 with groups of 128, prints a row each and writes a CSV.
+  """Measures every shape at every batch size, with every kernel there is for this GPU; prints rows and writes a CSV.
 
-  Random weights, rotated so that they are cold in L2; the result is checked against the reference before its time
-  counts; the ceilings are measured in the same run.
+  bfloat16, groups of 128, random weights that are rotated so that they are cold in L2. A result is checked against the
+  reference before its time counts; the ceilings are measured in the same run.
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU; a CPU timing says nothing about a kernel.
@@ -39,48 +40,58 @@ def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], outp
     raise NotImplementedError(f"bench measures kernels on an NVIDIA GPU, and this is {device.kind}: nothing measured")
   bytes_per_second, flops_per_second = measure_ceilings()
   print(f"{device.kind}: reads {bytes_per_second / 1e12:.2f} TB/s, multiplies {flops_per_second / 1e12:.0f} TFLOP/s")
-  print(f"{'K':>6} {'N':>6} {'M':>5}  {'us':>8} {'limit us':>9} {'of limit':>8} {'bf16 us':>8} {'speed-up':>8}  error")
+  print("     K      N     M  kernel        us  limit us of limit  bf16 us speed-up  error")
   rows = []
   for k, n in shapes:
-    weights = _weights(k, n)
-    dense = _dense(k, n)
+    weights, dense = _weights(k, n), _dense(k, n)
     for m in batches:
-      problem = MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=np.dtype(jnp.bfloat16))
       x = jax.random.normal(jax.random.key(m), (m, k), jnp.float32).astype(jnp.bfloat16)
+      problem = MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=x.dtype)
       limit = max(problem.bytes / bytes_per_second, problem.flops / flops_per_second)
-      error = _relative_error(x, *weights[0])
-      if not error < _MAX_ERROR:
-        raise RuntimeError(f"K={k} N={n} M={m}: relative error {error:.1e} must be below {_MAX_ERROR:.1e}")
-      time = kernel_time(matmul, [(x, *w) for w in weights])
       bf16_time = kernel_time(jnp.dot, [(x, w) for w in dense])
-      if time * _TOLERANCE < limit:
-        raise RuntimeError(f"K={k} N={n} M={m}: {time * 1e6:.1f} us is less than the limit, {limit * 1e6:.1f} us")
-      rows.append(
-        dict(
-          k=k,
-          n=n,
-          m=m,
-          group_size=GROUP_SIZE,
-          dtype="bfloat16",
-          implementation=choose_implementation(problem, device),
-          time_us=f"{time * 1e6:.2f}",
-          limit_us=f"{limit * 1e6:.2f}",
-          fraction_of_limit=f"{limit / time:.3f}",
-          bf16_us=f"{bf16_time * 1e6:.2f}",
-          speedup=f"{bf16_time / time:.2f}",
-          rel_error=f"{error:.1e}",
-          device=device.kind,
-          jax_version=jax.__version__,
-          date=datetime.date.today().isoformat(),
+      kernels = [
+        name for name, reason in IMPLEMENTATIONS.items() if name != "reference" and not reason(problem, device)
+      ]
+      for name in kernels:
+        kernel = functools.partial(matmul, implementation=name)
+        error = float(_relative_error(kernel, x, *weights[0]))
+        if not error < _MAX_ERROR:
+          raise RuntimeError(f"{name}, K={k} N={n} M={m}: relative error {error:.1e} must be below {_MAX_ERROR:.1e}")
+        time = kernel_time(kernel, [(x, *w) for w in weights])
+        if time * _TOLERANCE < limit:
+          raise RuntimeError(f"{name}, K={k} N={n} M={m}: {time * 1e6:.1f} us is below the limit, {limit * 1e6:.1f} us")
+        rows.append(
+          dict(
+            k=k,
+            n=n,
+            m=m,
+            group_size=GROUP_SIZE,
+            dtype="bfloat16",
+            implementation=name,
+            config=_config(name, problem, device.num_sms),
+            time_us=f"{time * 1e6:.2f}",
+            limit_us=f"{limit * 1e6:.2f}",
+            fraction_of_limit=f"{limit / time:.3f}",
+            bf16_us=f"{bf16_time * 1e6:.2f}",
+            speedup=f"{bf16_time / time:.2f}",
+            rel_error=f"{error:.1e}",
+            device=device.kind,
+            jax_version=jax.__version__,
+            date=datetime.date.today().isoformat(),
+          )
         )
-      )
-      print(_line(rows[-1]), flush=True)
+        print(_line(rows[-1]), flush=True)
   if output is not None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
       writer = csv.DictWriter(file, fieldnames=list(rows[0]))
       writer.writeheader()
       writer.writerows(rows)
+
+
+def _config(name: str, problem: MatmulProblem, num_sms: int) -> str:
+  config = {"hopper": hopper_config, "triton": triton_config}[name](problem, num_sms)
+  return " ".join(f"{field}={value}" for field, value in dataclasses.asdict(config).items())
 
 
 def _weights(k: int, n: int) -> list[tuple[Array, Array]]:
@@ -99,15 +110,15 @@ def _dense(k: int, n: int) -> list[Array]:
   return [jax.random.normal(key, (k, n), jnp.float32).astype(jnp.bfloat16) for key in keys]
 
 
-@jax.jit
-def _relative_error(x: Array, qweight: Array, scales: Array) -> Any:
+@functools.partial(jax.jit, static_argnames=("kernel",))
+def _relative_error(kernel: Callable[..., Array], x: Array, qweight: Array, scales: Array) -> Array:
   """|y - reference| / |reference| in the Frobenius norm."""
   want = matmul_reference(x.astype(jnp.float32), qweight, scales)
-  return jnp.linalg.norm(matmul(x, qweight, scales).astype(jnp.float32) - want) / jnp.linalg.norm(want)
+  return jnp.linalg.norm(kernel(x, qweight, scales).astype(jnp.float32) - want) / jnp.linalg.norm(want)
 
 
 def _line(row: dict[str, Any]) -> str:
   return (
-    f"{row['k']:>6} {row['n']:>6} {row['m']:>5}  {row['time_us']:>8} {row['limit_us']:>9} "
+    f"{row['k']:>6} {row['n']:>6} {row['m']:>5}  {row['implementation']:<9} {row['time_us']:>6} {row['limit_us']:>9} "
     f"{row['fraction_of_limit']:>8} {row['bf16_us']:>8} {row['speedup']:>8}  {row['rel_error']}"
   )

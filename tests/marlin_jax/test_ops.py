@@ -46,7 +46,7 @@ def test_the_inference_path_has_no_custom_vjp(packed):
 
 def test_the_inference_path_on_a_gpu_is_the_kernel_without_custom_vjp(h200, packed):
   text = str(jax.make_jaxpr(lambda x, w: quant_matmul(x, w))(jnp.ones((2, 128), jnp.bfloat16), packed))
-  assert "pallas_call" in text and "w4a16_triton" in text
+  assert "w4a16_triton" in text or "w4a16_hopper" in text
   assert "custom_vjp" not in text and "custom_jvp" not in text
 
 

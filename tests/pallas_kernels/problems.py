@@ -39,20 +39,20 @@ def cancel(rng, m: int, k: int, n: int, groups: int, dtype):
   return jnp.asarray(x, dtype), jnp.asarray(np.concatenate([half, half]), jnp.int8), jnp.asarray(scales, dtype)
 
 
-def expected(x, codes, scales) -> np.ndarray:
-  """The product in float64."""
+def expected(x, codes, scales, *, weight_dtype=np.float64) -> np.ndarray:
+  """The product in float64; `weight_dtype` rounds the dequantized weight, for implementations that say they do."""
   k, n = codes.shape
   w = (np.asarray(codes, np.float64) - 8).reshape(scales.shape[0], -1, n) * np.asarray(scales, np.float64)[:, None]
-  return np.asarray(x, np.float64) @ w.reshape(k, n)
+  return np.asarray(x, np.float64) @ w.reshape(k, n).astype(weight_dtype).astype(np.float64)
 
 
-def assert_close(y, x, codes, scales):
+def assert_close(y, x, codes, scales, *, weight_dtype=np.float64):
   """Worst row and worst column, in the 2-norm relative to float64, are within what rounding y once explains.
 
   Rounding to nearest in bfloat16 (fp16) is off by at most 2^-8 (2^-11) of a value, by about 0.4 of that in the mean
   square; float32 accumulation adds some 1e-6.
   """
-  want = expected(x, codes, scales)
+  want = expected(x, codes, scales, weight_dtype=weight_dtype)
   error = np.asarray(y, np.float64) - want
   bound = 2.0 ** (-8 if y.dtype == jnp.bfloat16 else -11)
   for axis in (0, 1):

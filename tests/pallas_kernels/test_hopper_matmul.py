@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MatmulProblem, hardware, layout
-from pallas_kernels.hopper_matmul import HopperConfig, hopper_config, matmul_hopper, unsupported_reason
+from pallas_kernels.hopper_matmul import HopperConfig, matmul_hopper, unsupported_reason
+from pallas_kernels.tuning import hopper_config
 from tests.pallas_kernels import problems
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
@@ -24,8 +26,7 @@ VARIANTS = [
   dict(block_k=256),
   dict(decode_ahead=False),
   dict(split_k=3),
-  dict(cluster=2),
-  dict(cluster=2, split_k=2, num_compute_warpgroups=2),
+  dict(split_k=2, num_compute_warpgroups=2),
   dict(scale_weights=True),
 ]
 
@@ -80,17 +81,30 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
 
 
+@pytest.mark.gpu
+@needs_jax_0_11
+@pytest.mark.parametrize("k, group_size", [(128, 128), (256, 32), (1024, 1024)])
+def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, group_size):
+  # A second warpgroup has no columns here; its rows, copied beside the tile, would be the tile's next rows.
+  x, codes, scales = problems.random(rng, 16, k, 64, k // group_size, BF16)
+  config = dataclasses.replace(
+    CONFIG, num_compute_warpgroups=2, block_k=128 if group_size > 32 else 64, decode_ahead=group_size > 32
+  )
+  run = jax.jit(functools.partial(matmul_hopper, config=config))
+  for _ in range(50):
+    problems.assert_close(run(x, problems.packed(codes), scales), x, codes, scales)
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
     (dict(block_m=24), "block_m=24 must be one of"),
     (dict(num_compute_warpgroups=5), "num_compute_warpgroups=5 must be one of"),
     (dict(block_k=192), "block_k=192 must be one of"),
-    (dict(cluster=4), "cluster=4 must be one of"),
     (dict(split_k=0), "split_k=0 must be at least 1"),
     (dict(num_stages=1), "num_stages=1 at least 2"),
     (dict(block_k=64), "decode_ahead needs block_k=64 to be at least 128"),
-    (dict(num_stages=40), "bytes of shared memory, more than 232448"),
+    (dict(num_stages=40), "num_stages=40 of .* must be at most 10 to fit shared memory"),
     (dict(block_m=128, num_stages=2), "needs some 176 registers a thread; 112 can be had"),
   ],
 )
@@ -135,3 +149,15 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
     (dict(group_size=96), H200, "group_size=96 must be 32, a multiple of 64"),
   ):
     assert message in unsupported_reason(dataclasses.replace(problem, **change), device)
+
+
+def test_heuristics_give_a_legal_config_for_every_problem():
+  sizes = ((1, 1), (128, 64), (8192, 28672), (14336, 4096), (4096, 1088), (4096, 12288))
+  for m, (k, n), group_size, num_sms in itertools.product(
+    (1, 9, 17, 33, 65, 257, 4096), sizes, (32, 64, 128, None), (78, 132)
+  ):
+    group_size = k if group_size is None or k % group_size else group_size
+    config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16), num_sms)
+    assert 2 <= config.num_stages <= config.max_stages(max(1, config.block_k // group_size) if group_size < k else 1)
+    assert group_size == k or group_size % config.block_k == 0 or config.block_k % group_size == 0
+    assert config.split_k == 1 or k // config.split_k >= 512

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README shows runs as it stands there."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from marlin_jax.cli import main
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def in_a_copy(tmp_path, monkeypatch):
+  """A folder where the demo model lies at the path README names, so that nothing is written into the checkout."""
+  (tmp_path / "marlin_jax").mkdir()
+  (tmp_path / "marlin_jax" / "demo").symlink_to(ROOT / "marlin_jax" / "demo")
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, in_a_copy, capsys):
+  exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+  assert "quantized" in "".join(capsys.readouterr())
+
+
+def test_commands_run(in_a_copy, capsys):
+  (block,) = blocks("sh")
+  commands = [shlex.split(line) for line in block.splitlines()]
+  assert [command[:2] for command in commands] == [["marlin-jax", name] for name in ("quantize", "inspect", "generate")]
+  for command in commands:
+    assert main(command[1:]) == 0
+  assert "56 quantized layers" in capsys.readouterr().out
+
+
+def test_length_and_links():
+  assert TEXT.count("\n") <= 150
+  for target in re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT):
+    assert (ROOT / target).exists(), f"README links to {target}, which does not exist"
