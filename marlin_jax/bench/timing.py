@@ -21,20 +21,22 @@ def copies_for_cold_l2(nbytes: int) -> int:
   return max(2, math.ceil(_EVICTING_BYTES / nbytes))
 
 
-def kernel_time(function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]) -> float:
-  """Seconds of GPU kernels per call of `function`, the median over calls, rotating over the argument sets.
+def kernel_time(compiled: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]) -> float:
+  """Seconds of GPU kernels per call of `compiled`, the median over calls, rotating over the argument sets.
 
   Everything that a call launches counts; gaps between kernels and the host's work do not.
 
+  Args:
+    compiled: a compiled function, so that nothing but its own kernels runs.
+
   Raises:
-    RuntimeError: there is no GPU, or CUPTI saw no kernels.
+    RuntimeError: CUPTI saw no kernels, or not the same number at every call.
   """
   # What `jax.experimental.mosaic.gpu.profiler.measure` does, which however warms up and measures on the same
   # arguments: a small weight would lie in L2. Its extension module has no public name.
   from jax._src.lib import mosaic_gpu
 
   cupti = mosaic_gpu._mosaic_gpu_ext
-  compiled = jax.jit(function).lower(*argument_sets[0]).compile()
   jax.block_until_ready([compiled(*arguments) for arguments in argument_sets])
   cupti._cupti_init()
   try:
@@ -53,9 +55,9 @@ def measure_ceilings() -> tuple[float, float]:
   """(bytes per second of a large read, FLOP per second of a large bfloat16 product), both on random data."""
   key = jax.random.key(0)
   bits = [jax.random.bits(jax.random.fold_in(key, i), (1 << 29,), jnp.uint32) for i in range(2)]
-  read = kernel_time(lambda x: jax.lax.reduce_or(x, (0,)), [(x,) for x in bits])
+  read = kernel_time(jax.jit(lambda x: jax.lax.reduce_or(x, (0,))).lower(bits[0]).compile(), [(x,) for x in bits])
   nbytes = bits[0].nbytes
   del bits
   x, y = (jax.random.normal(jax.random.fold_in(key, i), (8192, 8192), jnp.float32).astype(jnp.bfloat16) for i in (2, 3))
-  product = kernel_time(jnp.dot, [(x, y), (y, x)])
+  product = kernel_time(jax.jit(jnp.dot).lower(x, y).compile(), [(x, y), (y, x)])
   return nbytes / read, 2 * 8192**3 / product
