@@ -30,7 +30,6 @@ gpu-test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

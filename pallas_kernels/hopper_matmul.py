@@ -247,6 +247,9 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
       plgpu.wait_smem_to_gmem(0)
 
 
+# A jit of its own: the layers of a model that are of one shape then share one trace, one lowering and one compilation
+# of the kernel. Without it 56 layers took more than a minute, most of it in lowering.
+@functools.partial(jax.jit, static_argnames=("config",))
 def matmul_hopper(
   x: Float[Array, "M K"],
   qweight: Int16[Array, "N_tiles K_tiles 32 32"],

@@ -154,6 +154,8 @@ def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
   plt.store(index, acc.T.astype(y_ref.dtype), mask=mask)
 
 
+# A jit of its own: the layers of a model that are of one shape then share one trace and one lowering of the kernel.
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def matmul_triton(
   x: Float[Array, "M K"],
   qweight: Int16[Array, "N_tiles K_tiles 32 32"],

@@ -31,9 +31,9 @@ def plot_matmul(table: Path, image: Path) -> None:
       line = [(int(row["m"]), float(row["speedup"])) for row in rows if row["implementation"] == name]
       panel.plot(*zip(*line, strict=True), "o-", markersize=3, label=f"4 bits, {name}")
     panel.axhline(1, color="black", linewidth=0.8, label="bfloat16 (XLA)")
-    panel.set(xscale="log", title=f"K={k} N={n}", xlabel="batch", xticks=batches, xticklabels=batches)
+    panel.set(xscale="log", title=f"K={k} N={n}", xlabel="batch", xticks=batches[::2], xticklabels=batches[::2])
     panel.minorticks_off()
-    panel.set_ylim(0, 5)
+    panel.set_ylim(0, 6)
   panels[0][0].set_ylabel("speed-up over bfloat16")
   panels[0][0].legend(frameon=False, fontsize=8)
   device, date, version = (rows[0][name] for name in ("device", "date", "jax_version"))
