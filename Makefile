@@ -17,7 +17,7 @@ CACHED = JAX_COMPILATION_CACHE_DIR=$(VENV)/jax-cache JAX_PERSISTENT_CACHE_MIN_CO
 .PHONY: demo test gpu-test lint clean
 
 demo: $(VENV)/.installed
-	$(CACHED) $(BIN)/marlin-jax demo
+	@$(CACHED) $(BIN)/marlin-jax demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto

@@ -21,6 +21,7 @@ from marlin_jax.checkpoint import (
 from marlin_jax.convert import quantize
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.quantized import QuantSpec
+from marlin_jax.text import generate
 
 DATA = Path(__file__).parents[2] / "data"
 CHECKPOINTS = ["llama-bf16", "llama3rope-tied-bf16", "mistral-sharded-bf16", "qwen2-bf16", "qwen3-bf16"]
@@ -53,6 +54,9 @@ def test_load_quantize_save_load_gives_the_same_model(name, tmp_path):
   assert again.config == model.config and again.tokenizer == model.tokenizer
   assert_same_state(model, again)
   np.testing.assert_array_equal(forward(model, TOKENS), forward(again, TOKENS))
+  # Greedy and without a cache: the token of the largest logit after the prompt. The loop must begin with it too.
+  (row,) = generate(again, [TOKENS[0].tolist()], max_new_tokens=3)
+  assert row[0] == int(forward(model, TOKENS)[0, -1].argmax()) and 1 <= len(row) <= 3
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
