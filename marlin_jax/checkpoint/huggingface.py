@@ -2,7 +2,7 @@
 """The tensors of a Hugging Face checkpoint of the Llama family as the parameters of a Decoder."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.models.config import ModelConfig, read_eos
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.quantized import QuantSpec
+from marlin_jax.quantized import GROUP_SIZES, PackedTensor, QuantSpec
 
 # Our path segment -> theirs; a segment that is not listed has the same name in both.
 _SEGMENTS = {
@@ -100,27 +100,97 @@ def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]
   }
 
 
-def fill(model: Decoder, checkpoint: Checkpoint, dtype: DTypeLike, device) -> Decoder:
-  """The abstract `model` with every parameter read from the checkpoint, one tensor at a time.
+class QuantizedLayers(Mapping[str, QuantSpec]):
+  """Hugging Face name -> QuantSpec of the layers that are quantized in a checkpoint, and how they are read.
 
-  A dense weight is stored [out, in] and becomes a kernel [in, out]; quantized tensors are taken as they are.
+  One subclass a format says which tensors store a layer. This base is the float checkpoint, which has no such layers.
+  """
+
+  def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, QuantSpec]):
+    self.checkpoint = checkpoint
+    self._specs = specs
+
+  def __getitem__(self, name: str) -> QuantSpec:
+    return self._specs[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._specs)
+
+  def __len__(self) -> int:
+    return len(self._specs)
+
+  def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that store the weight of a [k, n] layer."""
+    raise NotImplementedError
+
+  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
+    """The weight of a [k, n] layer, read from tensors whose shapes were checked.
+
+    Raises:
+      CheckpointError: a tensor has a wrong dtype or values that make no sense.
+      NotImplementedError: a `PackedTensor` cannot hold this weight exactly.
+    """
+    raise NotImplementedError
+
+
+def not_covered(checkpoint: Checkpoint, found: str) -> NotImplementedError:
+  """The refusal of a sound checkpoint: what was found there, and what is covered."""
+  sizes = ", ".join(str(size) for size in GROUP_SIZES if size is not None)
+  return NotImplementedError(
+    f"{checkpoint.folder}: {found}; of other tools' checkpoints only 4-bit symmetric weights without act-order are "
+    f"covered, in groups of {sizes} or with one scale a column"
+  )
+
+
+def covered_spec(checkpoint: Checkpoint, name: str, bits: Any, group_size: Any) -> QuantSpec:
+  """The spec of a layer of another tool's checkpoint.
+
+  Raises:
+    CheckpointError: these are no numbers.
+    NotImplementedError: these are not covered.
+  """
+  if type(bits) is not int or not (group_size is None or type(group_size) is int):
+    raise CheckpointError(
+      f"{checkpoint.folder}: quantization_config: layer {name} has {bits!r} bits and group size {group_size!r}, "
+      "must be integers"
+    )
+  if bits != 4:
+    raise not_covered(checkpoint, f"layer {name} has {bits} bits")
+  if group_size not in GROUP_SIZES:
+    raise not_covered(checkpoint, f"layer {name} has groups of {group_size}")
+  return QuantSpec(bits=bits, group_size=group_size)
+
+
+def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:
+  """The layers that have a tensor by one of these last names, each once, in the order of the file."""
+  parts = (name.rpartition(".") for name in checkpoint)
+  return list(dict.fromkeys(layer for layer, _, leaf in parts if leaf in leaves))
+
+
+def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dtype: DTypeLike, device) -> Decoder:
+  """The abstract `model` with every parameter read from the checkpoint, one layer at a time.
+
+  A dense weight is stored [out, in] and becomes a kernel [in, out]; scales keep their dtype.
   Names and shapes of all tensors are checked before the first is read.
 
   Raises:
     CheckpointError: a tensor is missing, unexpected, of the wrong shape or dtype, or holds NaN or infinite values.
+    NotImplementedError: a quantized layer is none that a QuantLinear can be.
   """
-  check_names_and_shapes(model, checkpoint)
+  check_names_and_shapes(model, checkpoint, quantized)
+  layers = dict(nnx.iter_modules(model))
   graphdef, state = nnx.split(model)
-  filled = []
+  filled, packed = [], {}
   for path, variable in nnx.to_flat_state(state):
-    name = tensor_name(path)
-    if path[-1] == "qweight":
-      array = _read_words(checkpoint, name, device)
-    elif path[-1] == "scales":
-      array = read_float(checkpoint, name, None, device)
+    layer, leaf = layers[path[:-1]], path[-1]
+    if isinstance(layer, QuantLinear) and leaf in ("qweight", "scales"):
+      if path[:-1] not in packed:  # both come from one reading
+        k, n = layer.in_features, layer.out_features
+        packed = {path[:-1]: quantized.read(tensor_name(path[:-1]), k, n, device)}
+      array = getattr(packed[path[:-1]], leaf)
     else:
-      array = read_float(checkpoint, name, dtype, device)
-    filled.append((path, variable.replace(array.T if path[-1] == "kernel" else array)))
+      array = read_float(checkpoint, tensor_name(path), dtype, device)
+    filled.append((path, variable.replace(array.T if leaf == "kernel" else array)))
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -141,23 +211,45 @@ def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, devic
   return array
 
 
-def _read_words(checkpoint: Checkpoint, name: str, device) -> jax.Array:
+def read_scales(checkpoint: Checkpoint, name: str, device) -> jax.Array:
+  """Scales of another tool's checkpoint, in the dtype they are stored in.
+
+  Raises:
+    CheckpointError: as for `read_float`, and if one is zero: its group would be lost.
+  """
+  scales = read_float(checkpoint, name, None, device)
+  if not scales.all():
+    raise CheckpointError(f"{checkpoint.folder}: tensor {name} has zeros, scales must not be zero")
+  return scales
+
+
+def read_integers(checkpoint: Checkpoint, name: str, *dtypes: DTypeLike) -> np.ndarray:
+  """One tensor of integers, in host memory.
+
+  Raises:
+    CheckpointError: it is of none of the dtypes.
+  """
   tensor = checkpoint[name]
-  if tensor.dtype != np.int16:
-    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be int16")
-  return jax.device_put(tensor, device)
+  if tensor.dtype not in dtypes:
+    expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be {expected}")
+  return tensor
 
 
-def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint) -> None:
+def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers) -> None:
   """Hold the names and shapes in the files' headers against those of the model; reads no weights.
 
   Raises:
     CheckpointError: a tensor is missing, unexpected or of another shape.
   """
   expected = {}
+  layers = dict(nnx.iter_modules(model))
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    name, shape = tensor_name(path), tuple(variable.shape)
-    expected[name] = shape[::-1] if path[-1] == "kernel" else shape
+    layer, name, shape = layers[path[:-1]], tensor_name(path), tuple(variable.shape)
+    if isinstance(layer, QuantLinear) and path[-1] in ("qweight", "scales"):
+      expected |= quantized.shapes(tensor_name(path[:-1]), layer.in_features, layer.out_features)
+    else:
+      expected[name] = shape[::-1] if path[-1] == "kernel" else shape
   for name, shape in expected.items():
     if name not in checkpoint:
       raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {shape} is missing")
@@ -174,4 +266,6 @@ def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint) -> None:
           "it since the config has tie_word_embeddings"
         )
       continue
+    if name.removesuffix(".bias") in quantized and not checkpoint[name].any():
+      continue  # AutoGPTQ gives every layer a bias, of zeros where the model has none
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {checkpoint.shape(name)} is unexpected")

@@ -15,7 +15,10 @@ from marlin_jax.tokenizer import Tokenizer
 
 
 def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16, device=None) -> Decoder:
-  """The model in a checkpoint folder, or of a Hub model in the local cache, float or quantized by this package.
+  """The model in a checkpoint folder, or of a Hub model in the local cache, float or quantized.
+
+  Quantized by this package, or, where its 4-bit symmetric codes hold the weights exactly, by another tool: GPTQ,
+  compressed-tensors and original MARLIN checkpoints (docs/quantization.md). Scales keep the dtype they are stored in.
 
   Args:
     path: a folder with config.json and safetensors, or a name such as "org/model" that was downloaded before.
@@ -27,13 +30,13 @@ def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16,
 
   Raises:
     CheckpointError: the folder does not hold a whole and sound checkpoint; the message names the file or the tensor.
-    NotImplementedError: the config asks for something that is not covered; the message names it.
+    NotImplementedError: config or tensors ask for something that is not covered; the message names it.
   """
   folder = find_folder(path)
   hf, config = read_config(folder)
   checkpoint = Checkpoint(folder)
-  model = abstract_decoder(config, dtype, quantized_layers(hf, checkpoint))
-  model = fill(model, checkpoint, dtype, device)
+  quantized = quantized_layers(hf, checkpoint)
+  model = fill(abstract_decoder(config, dtype, quantized), checkpoint, quantized, dtype, device)
   if (folder / "tokenizer.json").exists():
     model.tokenizer = Tokenizer.from_folder(folder)
   return model

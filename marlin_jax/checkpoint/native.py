@@ -19,58 +19,98 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from marlin_jax.checkpoint.compressed_tensors import CompressedTensorsLayers
 from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, write_json
+from marlin_jax.checkpoint.gptq import GptqLayers
 from marlin_jax.checkpoint.huggingface import (
+  QuantizedLayers,
   abstract_decoder,
   check_names_and_shapes,
   dense_layers,
+  layers_with,
+  not_covered,
   read_config,
   read_float,
+  read_integers,
   tensor_name,
 )
+from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
-from marlin_jax.quantized import QuantSpec
+from marlin_jax.quantized import PackedTensor, QuantSpec
+from pallas_kernels import layout
 
 FORMAT_VERSION = 1
 
 
-def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, QuantSpec]:
+class NativeLayers(QuantizedLayers):
+  """The quantized layers of a checkpoint in this format.
+
+  Raises:
+    CheckpointError: the quantization_config holds nonsense.
+    NotImplementedError: it is of a later version of the format.
+  """
+
+  def __init__(self, quantization: dict[str, Any], checkpoint: Checkpoint):
+    if quantization.get("format_version") != FORMAT_VERSION:
+      raise NotImplementedError(
+        f"{checkpoint.folder}: format_version {quantization.get('format_version')!r} is not supported, "
+        f"only {FORMAT_VERSION} is"
+      )
+    settings = {key: value for key, value in quantization.items() if key not in ("quant_method", "format_version")}
+    exceptions = settings.pop("layers", {})
+    try:
+      common = QuantSpec(**settings)
+      names = layers_with(checkpoint, "qweight")
+      super().__init__(checkpoint, {name: dataclasses.replace(common, **exceptions.get(name, {})) for name in names})
+    except (TypeError, ValueError, AttributeError) as error:
+      raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
+
+  def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.qweight": layout.qweight_shape(k, n), f"{name}.scales": (self[name].groups(k), n)}
+
+  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
+    qweight = jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device)
+    return PackedTensor(qweight=qweight, scales=read_float(self.checkpoint, f"{name}.scales", None, device), k=k)
+
+
+def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> QuantizedLayers:
   """Hugging Face name -> QuantSpec of the layers that are quantized in a checkpoint with this config.json; often none.
 
   Raises:
     CheckpointError: the quantization_config holds nonsense.
-    NotImplementedError: it is of another method or of a later version of the format.
+    NotImplementedError: it is of another method, or asks for what is not covered.
   """
   quantization = hf.get("quantization_config")
   if quantization is None:
-    return {}
+    if any(name.endswith(".W_q") for name in checkpoint):  # HQQ's own files say it nowhere else
+      raise not_covered(checkpoint, "the tensors are in the HQQ format")
+    return QuantizedLayers(checkpoint, {})
   if not isinstance(quantization, dict):
     raise CheckpointError(f"{checkpoint.folder}: quantization_config is {quantization!r}, must be an object")
-  if quantization.get("quant_method") != "marlin_jax":
-    raise NotImplementedError(
-      f"{checkpoint.folder}: quant_method {quantization.get('quant_method')!r} is not supported, only 'marlin_jax' is"
-    )
-  if quantization.get("format_version") != FORMAT_VERSION:
-    raise NotImplementedError(
-      f"{checkpoint.folder}: format_version {quantization.get('format_version')!r} is not supported, "
-      f"only {FORMAT_VERSION} is"
-    )
-  settings = {key: value for key, value in quantization.items() if key not in ("quant_method", "format_version")}
-  exceptions = settings.pop("layers", {})
-  names = [name.removesuffix(".qweight") for name in checkpoint if name.endswith(".qweight")]
-  try:
-    common = QuantSpec(**settings)
-    return {name: dataclasses.replace(common, **exceptions.get(name, {})) for name in names}
-  except (TypeError, ValueError, AttributeError) as error:
-    raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
+  stored_as = quantization.get("checkpoint_format") or quantization.get("format")
+  match quantization.get("quant_method"):
+    case "marlin_jax":
+      return NativeLayers(quantization, checkpoint)
+    case "gptq" if quantization.get("is_marlin_format") or stored_as == "marlin":
+      return MarlinLayers(quantization, checkpoint)
+    case "gptq":
+      return GptqLayers(quantization, checkpoint)
+    case "compressed-tensors":
+      return CompressedTensorsLayers(quantization, checkpoint)
+    case other:
+      raise NotImplementedError(
+        f"{checkpoint.folder}: quant_method {other!r} is not supported, only 'marlin_jax', 'gptq' and "
+        "'compressed-tensors' are"
+      )
 
 
 def save_model(model: Decoder, path: str | os.PathLike[str], *, max_shard_bytes: int = 2 << 30) -> None:
@@ -133,8 +173,9 @@ def quantize_checkpoint(
   if hf.get("quantization_config") is not None:
     raise CheckpointError(f"{checkpoint.folder} is quantized already, must be a float checkpoint")
   # The dtype of this model is never used: it stands for names and shapes.
-  model = abstract_decoder(config, jnp.float32, {})
-  check_names_and_shapes(model, checkpoint)
+  quantized = QuantizedLayers(checkpoint, {})
+  model = abstract_decoder(config, jnp.float32, quantized)
+  check_names_and_shapes(model, checkpoint, quantized)
   chosen = {name: layer for name, (path, layer) in dense_layers(model).items() if predicate(path, layer)}
   for name, layer in chosen.items():
     try:
