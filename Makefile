@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test
 
 gpu-test: $(VENV)/.installed-test
 	$(BIN)/python -c "import jax; assert jax.default_backend() == 'gpu', 'no NVIDIA GPU here'"
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 4 -m gpu --junitxml=$(VENV)/gpu-tests.xml
+	$(BIN)/python -m pytest -m gpu --junitxml=$(VENV)/gpu-tests.xml
 	$(BIN)/python tests/gpu_table.py $(VENV)/gpu-tests.xml
 
 lint: $(VENV)/.installed-dev

@@ -211,6 +211,8 @@ def train(corpus: Corpus, recipe: Recipe, *, minutes: float, seed: int) -> tuple
     "seconds": round(seconds, 1),
     "device": jax.devices()[0].device_kind,
     "seed": seed,
+    "learning_rate": recipe.learning_rate,
+    "weight_decay": recipe.weight_decay,
     "losses": [round(loss, 3) for loss in losses],
     "validation_perplexity": round(best, 3),
   }
