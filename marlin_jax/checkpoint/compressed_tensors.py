@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.gptq import unpack_words
-from marlin_jax.checkpoint.huggingface import (
+from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   covered_spec,
   layers_with,

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from marlin_jax.checkpoint.folder import CheckpointError
-from marlin_jax.checkpoint.huggingface import (
+from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   covered_spec,
   layers_with,
@@ -79,7 +79,7 @@ class GptqLayers(QuantizedLayers):
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
     groups = self[name].groups(k)
-    shapes = {"qweight": (k // 8, n), "qzeros": (groups, n // 8), "scales": (groups, n)}
+    shapes: dict[str, tuple[int, ...]] = {"qweight": (k // 8, n), "qzeros": (groups, n // 8), "scales": (groups, n)}
     if f"{name}.g_idx" in self.checkpoint or self._settings[name].get("desc_act"):
       shapes["g_idx"] = (k,)
     return {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}

@@ -2,22 +2,21 @@
 """The tensors of a Hugging Face checkpoint of the Llama family as the parameters of a Decoder."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import CheckpointError, read_json
+from marlin_jax.checkpoint.layers import QuantizedLayers, read_float
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.models.config import ModelConfig, read_eos
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.quantized import GROUP_SIZES, PackedTensor, QuantSpec
+from marlin_jax.quantized import QuantSpec
 
 # Our path segment -> theirs; a segment that is not listed has the same name in both.
 _SEGMENTS = {
@@ -100,73 +99,6 @@ def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]
   }
 
 
-class QuantizedLayers(Mapping[str, QuantSpec]):
-  """Hugging Face name -> QuantSpec of the layers that are quantized in a checkpoint, and how they are read.
-
-  One subclass a format says which tensors store a layer. This base is the float checkpoint, which has no such layers.
-  """
-
-  def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, QuantSpec]):
-    self.checkpoint = checkpoint
-    self._specs = specs
-
-  def __getitem__(self, name: str) -> QuantSpec:
-    return self._specs[name]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._specs)
-
-  def __len__(self) -> int:
-    return len(self._specs)
-
-  def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that store the weight of a [k, n] layer."""
-    raise NotImplementedError
-
-  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
-    """The weight of a [k, n] layer, read from tensors whose shapes were checked.
-
-    Raises:
-      CheckpointError: a tensor has a wrong dtype or values that make no sense.
-      NotImplementedError: a `PackedTensor` cannot hold this weight exactly.
-    """
-    raise NotImplementedError
-
-
-def not_covered(checkpoint: Checkpoint, found: str) -> NotImplementedError:
-  """The refusal of a sound checkpoint: what was found there, and what is covered."""
-  sizes = ", ".join(str(size) for size in GROUP_SIZES if size is not None)
-  return NotImplementedError(
-    f"{checkpoint.folder}: {found}; of other tools' checkpoints only 4-bit symmetric weights without act-order are "
-    f"covered, in groups of {sizes} or with one scale a column"
-  )
-
-
-def covered_spec(checkpoint: Checkpoint, name: str, bits: Any, group_size: Any) -> QuantSpec:
-  """The spec of a layer of another tool's checkpoint.
-
-  Raises:
-    CheckpointError: these are no numbers.
-    NotImplementedError: these are not covered.
-  """
-  if type(bits) is not int or not (group_size is None or type(group_size) is int):
-    raise CheckpointError(
-      f"{checkpoint.folder}: quantization_config: layer {name} has {bits!r} bits and group size {group_size!r}, "
-      "must be integers"
-    )
-  if bits != 4:
-    raise not_covered(checkpoint, f"layer {name} has {bits} bits")
-  if group_size not in GROUP_SIZES:
-    raise not_covered(checkpoint, f"layer {name} has groups of {group_size}")
-  return QuantSpec(bits=bits, group_size=group_size)
-
-
-def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:
-  """The layers that have a tensor by one of these last names, each once, in the order of the file."""
-  parts = (name.rpartition(".") for name in checkpoint)
-  return list(dict.fromkeys(layer for layer, _, leaf in parts if leaf in leaves))
-
-
 def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dtype: DTypeLike, device) -> Decoder:
   """The abstract `model` with every parameter read from the checkpoint, one layer at a time.
 
@@ -192,48 +124,6 @@ def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dty
       array = read_float(checkpoint, tensor_name(path), dtype, device)
     filled.append((path, variable.replace(array.T if leaf == "kernel" else array)))
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
-
-
-def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device) -> jax.Array:
-  """One floating-point tensor on `device`, as `dtype` (None: as stored).
-
-  Raises:
-    CheckpointError: it is not bfloat16, float16 or float32, or it holds NaN or infinite values, if only after the cast.
-  """
-  tensor = checkpoint[name]
-  if tensor.dtype not in (jnp.bfloat16, np.float16, np.float32):
-    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be bfloat16, float16 or float32")
-  array = jax.device_put(tensor, device).astype(tensor.dtype if dtype is None else dtype)
-  if not jnp.isfinite(array).all():
-    raise CheckpointError(
-      f"{checkpoint.folder}: tensor {name} has NaN or infinite values as {array.dtype}, must be finite"
-    )
-  return array
-
-
-def read_scales(checkpoint: Checkpoint, name: str, device) -> jax.Array:
-  """Scales of another tool's checkpoint, in the dtype they are stored in.
-
-  Raises:
-    CheckpointError: as for `read_float`, and if one is zero: its group would be lost.
-  """
-  scales = read_float(checkpoint, name, None, device)
-  if not scales.all():
-    raise CheckpointError(f"{checkpoint.folder}: tensor {name} has zeros, scales must not be zero")
-  return scales
-
-
-def read_integers(checkpoint: Checkpoint, name: str, *dtypes: DTypeLike) -> np.ndarray:
-  """One tensor of integers, in host memory.
-
-  Raises:
-    CheckpointError: it is of none of the dtypes.
-  """
-  tensor = checkpoint[name]
-  if tensor.dtype not in dtypes:
-    expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be {expected}")
-  return tensor
 
 
 def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers) -> None:

@@ -5,11 +5,15 @@
     <layer>.s  float16 [G, N]
 
 A row of B is N/64 runs of 128 words, and a run is a block of 16 (k) x 64 (n) codes, in the order in which the 32
-threads of a warp load the fragments of mma.m16n8k16. A run and a word, slowest index first, with the sizes of each:
+threads of a warp load the fragments of mma.m16n8k16. The indices of a run, slowest first, with their sizes:
 
-    run    column 8 | pair 4 | tile 4        word    31 .. 16      15 .. 0       bits
-    word   odd 2 | right 2 | lower 2                 odd = 1       odd = 0
-                                                  each: right 1 | right 0, and in those: lower 1 | lower 0
+    word in the run     column 8 | pair 4 | tile 4            (a thread is 4 column + pair, and has four words)
+    code in the word    odd 2 | right 2 | lower 2
+
+    bits     31..28    27..24    23..20    19..16    15..12     11..8      7..4      3..0
+    odd        1         1         1         1         0         0          0         0
+    right      1         1         0         0         1         1          0         0
+    lower      1         0         1         0         1         0          1         0
 
     k in the block = 8 lower + 2 pair + odd
     n in the block = 16 tile + 8 right + column
@@ -17,8 +21,8 @@ threads of a warp load the fragments of mma.m16n8k16. A run and a word, slowest 
 Every index is a bit field, so decoding is a reshape and a transpose. Scales lie in the order in which a thread needs
 them: 8 x 8 blocks of columns transposed, or, with one group a column, pairs of columns in runs of 32:
 
-    G > 1    s[8 i + j]      is the scale of column  8 j + i         of each 64
-    G = 1    s[8 i + 2 a + b]  is the scale of column  8 a + 2 i + b   of each 32     (i < 4, a < 4, b < 2)
+    G > 1    s[8 i + j]        is the scale of column  8 j + i          of each 64    (i < 8, j < 8)
+    G = 1    s[8 i + 2 a + b]  is the scale of column  8 a + 2 i + b    of each 32    (i < 4, a < 4, b < 2)
 """
 
 from typing import Any
@@ -29,7 +33,7 @@ from jaxtyping import Array, Float, Int32
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.gptq import unpack_words
-from marlin_jax.checkpoint.huggingface import (
+from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   covered_spec,
   layers_with,

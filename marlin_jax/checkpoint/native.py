@@ -29,17 +29,13 @@ from marlin_jax.checkpoint.compressed_tensors import CompressedTensorsLayers
 from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, write_json
 from marlin_jax.checkpoint.gptq import GptqLayers
 from marlin_jax.checkpoint.huggingface import (
-  QuantizedLayers,
   abstract_decoder,
   check_names_and_shapes,
   dense_layers,
-  layers_with,
-  not_covered,
   read_config,
-  read_float,
-  read_integers,
   tensor_name,
 )
+from marlin_jax.checkpoint.layers import QuantizedLayers, layers_with, not_covered, read_float, read_integers
 from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.convert import Path, keep_head
