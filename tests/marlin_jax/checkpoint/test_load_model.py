@@ -3,7 +3,7 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import ml_dtypes
