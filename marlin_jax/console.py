@@ -48,7 +48,7 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
   hf, config = read_config(folder)
   checkpoint = Checkpoint(folder)
   quantized = quantized_layers(hf, checkpoint)
-  packed = [name for name in checkpoint if name.removesuffix(".qweight").removesuffix(".scales") in quantized]
+  packed = [name for name in checkpoint if name.rpartition(".")[0] in quantized]
   sizes = {name: checkpoint.nbytes(name) for name in checkpoint}
   packed_bytes = sum(sizes[name] for name in packed)
   lines = [

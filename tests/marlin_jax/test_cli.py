@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
+from flax import nnx
 
-from marlin_jax import generate, load_model
+from marlin_jax import QuantLinear, generate, load_model
 from marlin_jax.cli import main
 from marlin_jax.demo import run as demo_run
 
@@ -30,6 +32,21 @@ def test_inspect_says_what_is_there(quantized, capsys):
   out = capsys.readouterr().out
   assert "LlamaForCausalLM: 2 layers, hidden size 256, vocabulary 512, context 256" in out
   assert "14 quantized layers" in out and "4 bits, groups of 64" in out and "tokenizer.json" in out
+
+
+@pytest.mark.parametrize("name", ["gptq-int4-g128-sym", "ct-int4-g128-sym", "marlin-orig-g128"])
+def test_inspect_counts_the_bytes_of_other_tools_formats(name, capsys):
+  assert main(["inspect", str(LLAMA.parent / name)]) == 0
+  (line,) = [line for line in capsys.readouterr().out.splitlines() if "quantized layers" in line]
+  count, size = re.match(r"(\d+) quantized layers, ([\d.]+) MB: 4 bits, groups of 128", line).groups()
+  # Half a byte a weight, and a little for scales and what else the format stores.
+  weights = sum(layer.packed.k * layer.out_features for layer in quantized_layers_of(name))
+  assert int(count) == 14 and 0.5 * weights < 1e6 * float(size) < 0.6 * weights
+
+
+def quantized_layers_of(name):
+  model = load_model(LLAMA.parent / name)
+  return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
 
 
 def test_inspect_of_a_float_checkpoint(capsys):
