@@ -46,7 +46,7 @@ def test_converted_model_computes_nearly_the_same(trained):
   y, want = MLP(QuantDense).apply(variables, X), MLP().apply(trained, X)
   # One 4-bit layer is off by about 8 %, two in a row by about 11 %.
   assert float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want)) < 0.15
-  assert [layer.path for layer in report.quantized] == [("down",), ("up",)] or len(report.quantized) == 2
+  assert {layer.path for layer in report.quantized} == {("down",), ("up",)} and not report.skipped
   assert sum(layer.bytes_before for layer in report.quantized) == 4 * (128 * 256 + 256 * 32)
 
 
@@ -74,8 +74,8 @@ def test_dtype_and_group_size_are_honoured():
 
 def test_an_optimizer_of_params_does_not_see_the_weight(trained):
   variables, _ = quantize_variables(trained)
-  state = optax.sgd(0.1).init(variables["params"])
-  assert jax.tree.leaves(variables["params"])[0].dtype == jnp.float32 and state is not None
+  state = optax.adam(0.1).init(variables["params"])
+  assert not any(leaf.dtype == jnp.int16 for leaf in jax.tree.leaves(state))
   assert set(traverse_util.flatten_dict(variables["params"], sep="/")) == {"up/bias", "down/bias"}
 
 
