@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one entrance: picks the implementation of a problem, or says why none fits."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
-from pallas_kernels import hopper_matmul, layout, reference, triton_matmul, tuning
+from pallas_kernels import heuristics, hopper_matmul, layout, reference, triton_matmul, tuning
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
@@ -46,6 +48,7 @@ def matmul(
   *,
   implementation: str | None = None,
   interpret: bool = False,
+  tuned: str | Path | None = None,
 ) -> Float[Array, "M N"]:
   """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - 8), accumulated in float32.
 
@@ -55,12 +58,14 @@ def matmul(
     scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run the Triton kernel's body on the CPU instead of lowering it; for tests.
+    tuned: a table of configs by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
+      environment variable MARLIN_JAX_TUNED names, if it does. Read when a program is traced.
 
   Returns:
     y in x's dtype. The same inputs give the same bits at every call.
 
   Raises:
-    ValueError: shapes do not belong together, or the name is unknown.
+    ValueError: shapes do not belong together, the name is unknown, or a table is not what it must be.
     NotImplementedError: the named implementation, or on a GPU no kernel, covers this problem, and why.
   """
   (m, k), (groups, n) = x.shape, scales.shape
@@ -80,7 +85,12 @@ def matmul(
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
     return reference.matmul_reference(x, qweight, scales)
+  # Interpret mode computes what any config computes: no table is for it.
+  config = (
+    heuristics.triton_config(problem, device.num_sms)
+    if interpret
+    else tuning.config_for(implementation, problem, device, tuned=tuned)
+  )
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, config=tuning.hopper_config(problem, device.num_sms))
-  config = tuning.triton_config(problem, device.num_sms)
+    return hopper_matmul.matmul_hopper(x, qweight, scales, config=config)
   return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)

@@ -1,79 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a problem to a config: heuristics from the sizes alone, with constants measured on an H200 (docs/kernel.md)."""
+"""From a problem to a config: a row of a table for this device where one fits, heuristics otherwise.
+
+A table is a JSON file that `marlin-jax tune` writes: `{"device": ..., "jax_version": ..., "rows": [...]}`. A row holds
+the problem (`implementation`, `m`, `k`, `n`, `group_size`, `bits`, `zeros`, `dtype`), the `config` that was fastest for
+it and `time_us`, for information. `m` is an upper bound: the row is for every batch size of its bucket.
+"""
 
 import dataclasses
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
 
-from pallas_kernels import layout
+from pallas_kernels import heuristics
+from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_matmul import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
 
-_SHORTEST_RUN = 512  # k that a program should have at the least when K is split
+Config = HopperConfig | TritonConfig
+CONFIGS: dict[str, type[Config]] = {"hopper": HopperConfig, "triton": TritonConfig}
+ENVIRONMENT = "MARLIN_JAX_TUNED"
+SHIPPED = Path(__file__).parent / "tuned"
+
+_DTYPES = ("bfloat16", "float16")
+_logger = logging.getLogger(__name__)
 
 
-def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
-  """The config of the Triton kernel for `problem` on a GPU with `num_sms` multiprocessors."""
-  k, n = layout.padded_shape(problem.k, problem.n)
-  block_m = next(block for block in (16, 32, 64, 128) if problem.m <= block or block == 128)
-  # Wide blocks read x less often, narrow ones leave registers for many rows and programs for small layers. Measured
-  # at K=8192, N=28672: 64 columns are best at M=16 and 128, 128 columns at M=64.
-  block_n = 128 if 32 <= block_m <= 64 and n % 128 == 0 else 64
-  # A step of one group is best; a step over several needs a dot for each.
-  block_k = 128 if problem.group_size % 128 == 0 or problem.group_size == problem.k else 64
-  # As many programs as fit beside each other, in powers of two.
-  programs = -(-problem.m // block_m) * (n // block_n)
-  most = (8 if block_m == 16 else 2) * num_sms
-  split_k = 1
-  while 2 * split_k * programs <= most and k // (2 * split_k) >= _SHORTEST_RUN:
-    split_k *= 2
-  return TritonConfig(block_m=block_m, block_n=block_n, block_k=block_k, split_k=split_k, num_warps=4, num_stages=3)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TunedRow:
+  """The fastest config that was measured for a problem; `m` is the largest batch size it is for (see `m_bucket`)."""
+
+  implementation: str
+  m: int
+  k: int
+  n: int
+  group_size: int
+  bits: int
+  zeros: bool
+  dtype: str
+  config: Config
+  time_us: float
+
+  def __post_init__(self):
+    if self.m != m_bucket(self.m):
+      raise ValueError(f"m={self.m} must be 1, 8 or a larger power of two")
+    if self.k < 1 or self.n < 1 or self.group_size < 1 or self.k % self.group_size:
+      raise ValueError(f"group_size={self.group_size} must divide k={self.k}, and n={self.n} must be at least 1")
+    if self.bits not in (4, 8):
+      raise ValueError(f"bits={self.bits} must be 4 or 8")
+    if self.dtype not in _DTYPES:
+      raise ValueError(f"dtype={self.dtype!r} must be one of {_DTYPES}")
+    if not self.time_us > 0:
+      raise ValueError(f"time_us={self.time_us} must be positive")
+
+  @property
+  def key(self) -> tuple:
+    """What a problem must agree in, exactly, for this row to be its."""
+    return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.name in _KEY)
 
 
-def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
-  """The config of the Hopper kernel for `problem` on a GPU with `num_sms` multiprocessors."""
-  k, n = layout.padded_shape(problem.k, problem.n)
-  several_groups_a_tile = problem.group_size < min(layout.TILE, problem.k)
-  # Two partial sums a tile take more registers than a wide block leaves.
-  largest = 64 if several_groups_a_tile else 128
-  block_m = next(block for block in (8, 16, 32, 64, 128) if problem.m <= block or block == largest)
-  block_k, num_stages = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (128, 5), 128: (64, 5)}[block_m]
-  if problem.m > 128:
-    num_stages = 4  # 177.8 against 189.3 us with 5, at M=256
-  block_k = min(block_k, k)
-  if problem.group_size < problem.k:
-    while block_k % problem.group_size and problem.group_size % block_k:
-      block_k //= 2
-  # Two partial sums of 64 rows spill in more than two warpgroups; 128 rows read x too often in fewer than four.
-  choices = (2,) if block_m == 64 and several_groups_a_tile else (4,) if block_m == 128 else (4, 3, 2)
-  warpgroups, split_k = _partition(choices, -(-problem.m // block_m), k, n, num_sms)
-  config = HopperConfig(
-    block_m=block_m,
-    num_compute_warpgroups=warpgroups,
-    block_k=block_k,
-    num_stages=2,
-    split_k=split_k,
-    # The only way to four warpgroups with 128 rows, and the faster one by 13 %: 96.2 against 110.7 us.
-    scale_weights=block_m == 128,
-    decode_ahead=block_k > layout.TILE,
-  )
-  groups_per_stage = max(1, block_k // problem.group_size) if problem.group_size < problem.k else 1
-  most = config.max_stages(groups_per_stage)
-  return dataclasses.replace(config, num_stages=min(num_stages, most))
+_KEY = ("implementation", "m", "k", "n", "group_size", "bits", "zeros", "dtype")
 
 
-def _partition(choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms: int) -> tuple[int, int]:
-  """(computing warpgroups, split_k) of the least time.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedTable:
+  """The rows of one kind of device, in the order of the file.
 
-  A program has a multiprocessor to itself, so time goes with waves of programs times what one takes: reading its
-  weights, and a latency to begin and to end. A split costs a second pass. All in bytes that a multiprocessor could
-  read meanwhile, 33 KB a microsecond.
+  Attributes:
+    device: its kind, as JAX gives it ("NVIDIA H200").
+    jax_version: of the JAX that the rows were measured with.
   """
-  latency, second_pass = 64 << 10, 40 << 10
-  times = {}
-  for warpgroups in choices:
-    blocks = m_blocks * -(-n // (layout.TILE * warpgroups))
-    for split_k in range(1, max(1, min(8, k // _SHORTEST_RUN)) + 1):
-      waves = -(-blocks * split_k // num_sms)
-      weights = layout.TILE * warpgroups * -(-k // split_k) // 2
-      times[warpgroups, split_k] = waves * (weights + latency) + (second_pass if split_k > 1 else 0)
-  return min(times, key=lambda choice: (times[choice], choice[1]))
+
+  device: str
+  jax_version: str
+  rows: tuple[TunedRow, ...]
+
+  @functools.cached_property
+  def by_key(self) -> dict[tuple, TunedRow]:
+    """The rows by `TunedRow.key`."""
+    return {row.key: row for row in self.rows}
+
+  def find(self, implementation: str, problem: MatmulProblem) -> TunedRow | None:
+    """The row of exactly this problem's sizes and of its batch size's bucket."""
+    p = problem
+    return self.by_key.get((implementation, m_bucket(p.m), p.k, p.n, p.group_size, 4, False, p.dtype.name))
+
+
+def m_bucket(m: int) -> int:
+  """The batch size that is tuned for all batch sizes like `m`: 1, 8, and the powers of two from there on."""
+  return 1 if m <= 1 else max(8, 1 << (m - 1).bit_length())
+
+
+def config_for(
+  implementation: str, problem: MatmulProblem, device: Device, *, tuned: str | Path | None = None
+) -> Config:
+  """The config of `implementation` for `problem`: the user's table, then the shipped one, then heuristics.
+
+  Args:
+    implementation: "hopper" or "triton".
+    tuned: a table of the user's; None takes the one that the environment variable MARLIN_JAX_TUNED names, if it does.
+
+  Raises:
+    ValueError: a table does not parse, or the user's is for another kind of device.
+  """
+  user = tuned or os.environ.get(ENVIRONMENT)
+  tables = []
+  if user:
+    tables.append(load_table(Path(user)))
+    if tables[0].device != device.kind:
+      raise ValueError(f"{user} is a table for {tables[0].device!r}, and this is {device.kind!r}")
+  shipped = SHIPPED / f"{device.kind.lower().replace(' ', '_')}.json"
+  if shipped.exists():
+    tables.append(load_table(shipped))
+  if not tables:
+    _say_untuned(device.kind)
+  rows = (table.find(implementation, problem) for table in tables)
+  row = next((row for row in rows if row is not None), None)
+  return heuristics.HEURISTICS[implementation](problem, device.num_sms) if row is None else row.config
+
+
+@functools.cache
+def _say_untuned(kind: str) -> None:
+  _logger.warning("no table of tuned kernels for %s: configs come from heuristics; `marlin-jax tune` makes one", kind)
+
+
+@functools.cache
+def load_table(path: Path) -> TunedTable:
+  """Reads a table, strictly, once a process.
+
+  Raises:
+    ValueError: it is no such table; says the file, the row (from 0) and the field.
+    FileNotFoundError: there is no such file.
+  """
+  try:
+    data = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON: {error}") from None
+  _check_fields(f"{path}", data, {"device": str, "jax_version": str, "rows": list})
+  rows: dict[tuple, int] = {}
+  parsed = []
+  for i, fields in enumerate(data["rows"]):
+    where = f"{path}, row {i}"
+    row = _row(where, fields)
+    if row.key in rows:
+      raise ValueError(f"{where}: row {rows[row.key]} is for the same problem")
+    rows[row.key] = i
+    parsed.append(row)
+  return TunedTable(device=data["device"], jax_version=data["jax_version"], rows=tuple(parsed))
+
+
+def write_table(path: Path, table: TunedTable) -> None:
+  """Writes `table` so that `load_table` reads it back, a row a line."""
+  rows = ",\n".join("    " + json.dumps(dataclasses.asdict(row)) for row in table.rows)
+  head = "".join(f"  {json.dumps(name)}: {json.dumps(getattr(table, name))},\n" for name in ("device", "jax_version"))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f'{{\n{head}  "rows": [\n{rows}\n  ]\n}}\n')
+
+
+def _row(where: str, fields: Any) -> TunedRow:
+  _check_fields(where, fields, {field.name: field.type for field in dataclasses.fields(TunedRow)} | {"config": dict})
+  if fields["implementation"] not in CONFIGS:
+    raise ValueError(f"{where}: implementation={fields['implementation']!r} must be one of {tuple(CONFIGS)}")
+  config_type = CONFIGS[fields["implementation"]]
+  config_fields = dataclasses.fields(config_type)
+  optional = {field.name for field in config_fields if field.default is not dataclasses.MISSING}
+  types = {field.name: field.type for field in config_fields}
+  _check_fields(f"{where}, config", fields["config"], types, optional)
+  try:
+    return TunedRow(**fields | {"config": config_type(**fields["config"])})
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+
+
+def _check_fields(where: str, fields: Any, types: dict[str, type], optional: set[str] = frozenset()) -> None:
+  if not isinstance(fields, dict):
+    raise ValueError(f"{where}: {fields!r} must be an object")
+  for name, value in fields.items():
+    if name not in types:
+      raise ValueError(f"{where}: there is no field {name!r}, only {', '.join(types)}")
+    if type(value) is not types[name]:  # not isinstance: to Python true is an int
+      raise ValueError(f"{where}: {name}={value!r} must be of type {types[name].__name__}")
+  missing = [name for name in types if name not in fields and name not in optional]
+  if missing:
+    raise ValueError(f"{where}: fields are missing: {', '.join(missing)}")

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_ceilings
-from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, current_device, matmul, qweight_shape
+from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device, matmul, qweight_shape
 from pallas_kernels.reference import matmul_reference
-from pallas_kernels.tuning import hopper_config, triton_config
+from pallas_kernels.tuning import config_for
 
 # (K, N): a large MLP, and the layers of a 7B model.
 SHAPES = ((8192, 28672), (4096, 12288), (14336, 4096), (4096, 4096))
@@ -75,7 +75,7 @@ def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], outp
             group_size=GROUP_SIZE,
             dtype="bfloat16",
             implementation=name,
-            config=_config(name, problem, device.num_sms),
+            config=_config(name, problem, device),
             time_us=f"{time * 1e6:.2f}",
             limit_us=f"{limit * 1e6:.2f}",
             fraction_of_limit=f"{limit / time:.3f}",
@@ -102,8 +102,8 @@ def _compile(function: Callable[..., Array], xs: Sequence[Array], *weight: Array
     return list(pool.map(lambda x: jax.jit(function).lower(x, *weight).compile(), xs))
 
 
-def _config(name: str, problem: MatmulProblem, num_sms: int) -> str:
-  config = {"hopper": hopper_config, "triton": triton_config}[name](problem, num_sms)
+def _config(name: str, problem: MatmulProblem, device: Device) -> str:
+  config = config_for(name, problem, device)
   return " ".join(f"{field}={value}" for field, value in dataclasses.asdict(config).items())
 
 

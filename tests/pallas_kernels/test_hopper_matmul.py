@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MatmulProblem, hardware, layout
+from pallas_kernels.heuristics import hopper_config
 from pallas_kernels.hopper_matmul import HopperConfig, matmul_hopper, unsupported_reason
-from pallas_kernels.tuning import hopper_config
 from tests.pallas_kernels import problems
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, layout, tuning
+from pallas_kernels import MatmulProblem, heuristics, layout
 from pallas_kernels.triton_matmul import TritonConfig, matmul_triton
 from tests.pallas_kernels import problems
 
@@ -42,7 +42,7 @@ def kernel_ir(monkeypatch):
 def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, kernel_ir, group_size, m, dtype, fma):
   k, n = 4096, 28672 if m == 1 else 1088
   problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=jnp.dtype(dtype))
-  config = tuning.triton_config(problem, num_sms=132)
+  config = heuristics.triton_config(problem, num_sms=132)
   shape = jax.ShapeDtypeStruct
   args = shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
   lower_for_h200(functools.partial(matmul_triton, config=config), *args)
@@ -133,7 +133,7 @@ def test_heuristics_give_a_legal_config_for_every_problem():
   ):
     group_size = k if group_size is None or k % group_size else group_size
     problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16)
-    config = tuning.triton_config(problem, num_sms)
+    config = heuristics.triton_config(problem, num_sms)
     assert layout.padded_shape(k, n)[1] % config.block_n == 0
     assert group_size == k or group_size % config.block_k == 0 or config.block_k % group_size == 0
     assert config.split_k == 1 or k // config.split_k >= 512
