@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_jax.bench.matmul import BATCHES, SHAPES, bench_matmul
+from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
+from marlin_jax.bench.model import bench_model
 from marlin_jax.bench.plot import plot_matmul
+from marlin_jax.bench.shapes import SHAPES as MODELS
+from marlin_jax.bench.shapes import read_shape
 from marlin_jax.checkpoint import load_model, quantize_checkpoint
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
 from marlin_jax.demo.run import run_demo
@@ -61,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
   matmul.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="M")
   matmul.add_argument("--output", type=Path, help="CSV file to write")
   matmul.set_defaults(run=lambda arguments: bench_matmul(arguments.shapes, arguments.batches, arguments.output))
+  model = bench.add_parser("model", help="a whole model's prefill and decode, bfloat16 against 4 bits")
+  model.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
+  model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
+  model.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  model.add_argument("--quantize-head", action="store_true", help="the output head in 4 bits, too")
+  model.add_argument("--batches", type=int, nargs="+", default=MODEL_BATCHES, metavar="B")
+  model.add_argument("--prompt-tokens", type=int, default=64)
+  model.add_argument("--new-tokens", type=int, default=64)
+  model.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
+  model.add_argument("--output", type=Path, help="CSV file to write")
+  model.set_defaults(run=_bench_model)
   plot = bench.add_parser("plot", help="draw the table of `bench matmul`")
   plot.add_argument("table", type=Path)
   plot.add_argument("image", type=Path)
@@ -75,6 +90,21 @@ def _group_size(text: str) -> int | None:
 def _shape(text: str) -> tuple[int, int]:
   k, n = text.split("x")
   return int(k), int(n)
+
+
+def _bench_model(arguments: argparse.Namespace) -> None:
+  quantized = QuantSpec(group_size=arguments.group_size)
+  bench_model(
+    Path(arguments.model).stem,
+    read_shape(arguments.model),
+    [quantized if weights == "4-bit" else None for weights in arguments.weights],
+    arguments.batches,
+    prompt_tokens=arguments.prompt_tokens,
+    new_tokens=arguments.new_tokens,
+    quantize_head=arguments.quantize_head,
+    profiled=arguments.profile,
+    output=arguments.output,
+  )
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
