@@ -15,12 +15,12 @@ from marlin_jax.models.config import ModelConfig
 from marlin_jax.quantized import QuantSpec
 
 SMALL = ModelConfig(
-  vocab_size=512,
-  hidden_size=256,
-  intermediate_size=512,
+  vocab_size=128,
+  hidden_size=128,
+  intermediate_size=128,
   num_layers=1,
-  num_heads=4,
-  num_kv_heads=2,
+  num_heads=2,
+  num_kv_heads=1,
   head_dim=64,
   max_position_embeddings=256,
 )
@@ -60,10 +60,10 @@ def test_a_random_model_computes(spec):
 
 def test_the_floor_is_the_bytes_of_a_step_or_its_arithmetic():
   model = abstract_model(SMALL, None)
-  weights = nbytes(model) - 512 * 256 * 2
-  cache = 2 * 10 * 2 * 64 * 2 * SMALL.num_layers  # keys and values, positions, heads, head_dim, bytes
-  assert step_floor(model, 3, 10, 1e9, 1e30) == pytest.approx((weights + 3 * (cache + 256 * 2)) / 1e9)
-  dense = 2 * (256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 512) + 256 * 512
+  weights = nbytes(model) - 128 * 128 * 2
+  cache = 2 * 10 * 1 * 64 * 2 * SMALL.num_layers  # keys and values, positions, heads, head_dim, bytes
+  assert step_floor(model, 3, 10, 1e9, 1e30) == pytest.approx((weights + 3 * (cache + 128 * 2)) / 1e9)
+  dense = SMALL.num_layers * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 128) + 128 * 128
   assert step_floor(model, 3, 10, 1e30, 1e9) == pytest.approx(2 * 3 * dense / 1e9)
 
 
