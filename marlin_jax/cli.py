@@ -6,17 +6,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from marlin_jax.bench.matmul import BATCHES, SHAPES, bench_matmul
+import jax.numpy as jnp
+
+from marlin_jax.bench.layers import NAMED_SHAPES, parse_shapes, shapes_of_model
+from marlin_jax.bench.layers import SHAPES as LAYERS
+from marlin_jax.bench.matmul import BATCHES, bench_matmul
 from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
 from marlin_jax.bench.model import bench_model
 from marlin_jax.bench.plot import plot_matmul
 from marlin_jax.bench.shapes import SHAPES as MODELS
 from marlin_jax.bench.shapes import read_shape
+from marlin_jax.bench.tune import tune
 from marlin_jax.checkpoint import load_model, quantize_checkpoint
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
 from marlin_jax.demo.run import run_demo
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.quantized import QuantSpec
+from pallas_kernels import MatmulProblem
+from pallas_kernels.tuning import CONFIGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,12 +66,26 @@ def _parser() -> argparse.ArgumentParser:
   demo = commands.add_parser("demo", help="quantize the model that ships, and let it write")
   demo.set_defaults(run=lambda arguments: run_demo())
 
+  tune = commands.add_parser("tune", help="find the fastest kernel configs on the GPU at hand")
+  _add_shapes(tune)
+  tune.add_argument("--batches", type=int, nargs="+", default=(1, 8, 16, 32, 64, 128), metavar="M")
+  tune.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  tune.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+  tune.add_argument("--implementations", choices=tuple(CONFIGS), nargs="+", default=tuple(CONFIGS))
+  tune.add_argument("--candidates", type=int, metavar="COUNT", help="at most, for a problem (default: all)")
+  tune.add_argument("--seconds", type=float, help="what it may take (default: no limit)")
+  tune.add_argument("--output", type=Path, required=True, help="table to write, for MARLIN_JAX_TUNED; rows are added")
+  tune.set_defaults(run=_tune)
+
   bench = commands.add_parser("bench", help="measure on the GPU at hand").add_subparsers(required=True, metavar="WHAT")
   matmul = bench.add_parser("matmul", help="the 4-bit matmul against bfloat16")
-  matmul.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="KxN")
+  _add_shapes(matmul)
   matmul.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="M")
   matmul.add_argument("--output", type=Path, help="CSV file to write")
-  matmul.set_defaults(run=lambda arguments: bench_matmul(arguments.shapes, arguments.batches, arguments.output))
+  matmul.add_argument("--tuned", type=Path, help="table of `marlin-jax tune` to use before the shipped one")
+  matmul.set_defaults(
+    run=lambda arguments: bench_matmul(_shapes(arguments), arguments.batches, arguments.output, arguments.tuned)
+  )
   model = bench.add_parser("model", help="a whole model's prefill and decode, bfloat16 against 4 bits")
   model.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
   model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
@@ -87,9 +108,30 @@ def _group_size(text: str) -> int | None:
   return None if text == "column" else int(text)
 
 
-def _shape(text: str) -> tuple[int, int]:
-  k, n = text.split("x")
-  return int(k), int(n)
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--shapes", nargs="+", metavar="KxN", help=f"or {', '.join(NAMED_SHAPES)}")
+  parser.add_argument("--model", help=f"all layers of a config.json, or of one of {', '.join(MODELS)}")
+
+
+def _shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+  shapes = [shape for text in arguments.shapes or () for shape in parse_shapes(text)]
+  shapes += () if arguments.model is None else shapes_of_model(read_shape(arguments.model))
+  return list(dict.fromkeys(shapes)) or list(LAYERS)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+  problems = [
+    MatmulProblem(m=m, n=n, k=k, group_size=arguments.group_size or k, dtype=jnp.dtype(arguments.dtype))
+    for k, n in _shapes(arguments)
+    for m in arguments.batches
+  ]
+  tune(
+    problems,
+    arguments.output,
+    implementations=arguments.implementations,
+    most=arguments.candidates,
+    seconds=arguments.seconds,
+  )
 
 
 def _bench_model(arguments: argparse.Namespace) -> None:

@@ -2,12 +2,14 @@
 """A config from the sizes alone, for what no table holds; the constants were measured on an H200 (docs/kernel.md)."""
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_matmul import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
 
+_NEAR = 1.25  # what is to be measured: as far from the best as the estimate of its time may err
 _SHORTEST_RUN = 512  # k that a program should have at the least when K is split
 
 
@@ -62,7 +64,15 @@ def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
 
 
 def _partition(choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms: int) -> tuple[int, int]:
-  """(computing warpgroups, split_k) of the least time.
+  """(computing warpgroups, split_k) of the least time."""
+  times = _partition_times(choices, m_blocks, k, n, num_sms)
+  return min(times, key=lambda choice: (times[choice], choice[1]))
+
+
+def _partition_times(
+  choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms: int
+) -> dict[tuple[int, int], int]:
+  """(computing warpgroups, split_k) -> the time that it should take.
 
   A program has a multiprocessor to itself, so time goes with waves of programs times what one takes: reading its
   weights, and a latency to begin and to end. A split costs a second pass. All in bytes that a multiprocessor could
@@ -76,8 +86,68 @@ def _partition(choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms:
       waves = -(-blocks * split_k // num_sms)
       weights = layout.TILE * warpgroups * -(-k // split_k) // 2
       times[warpgroups, split_k] = waves * (weights + latency) + (second_pass if split_k > 1 else 0)
-  return min(times, key=lambda choice: (times[choice], choice[1]))
+  return times
 
 
 # implementation -> (problem, multiprocessors) -> config
 HEURISTICS = {"hopper": hopper_config, "triton": triton_config}
+
+
+def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> list[HopperConfig | TritonConfig]:
+  """The configs worth measuring for `problem`, most promising first: the heuristic's, then what differs from it in one
+  respect, then in two. A config that its class refuses, for shared memory or registers, is not among them.
+  """
+  first = HEURISTICS[implementation](problem, num_sms)
+  respects = _hopper_changes(first, problem, num_sms) if implementation == "hopper" else _triton_changes(first)
+  changes = [respect[i] for i in range(max(map(len, respects))) for respect in respects if i < len(respect)]
+  for i, one in enumerate(respects):
+    changes += [a | b for other in respects[i + 1 :] for a in one for b in other]
+  configs = [first]
+  for change in changes:
+    try:
+      config = dataclasses.replace(first, **change)
+      if implementation == "hopper" and "block_k" in change:
+        runs = 1 if problem.group_size == problem.k else max(1, config.block_k // problem.group_size)
+        config = dataclasses.replace(config, num_stages=min(8, config.max_stages(runs)))
+    except ValueError:
+      continue
+    if config not in configs and _fits(config, problem):
+      configs.append(config)
+  return configs
+
+
+def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -> list[list[dict[str, Any]]]:
+  k, n = layout.padded_shape(problem.k, problem.n)
+  times = _partition_times((2, 3, 4), -(-problem.m // first.block_m), k, n, num_sms)
+  near = [choice for choice in sorted(times, key=times.get) if times[choice] < _NEAR * min(times.values())]
+  partitions = [dict(num_compute_warpgroups=warpgroups, split_k=split_k) for warpgroups, split_k in near]
+  # `candidates` makes it as many stages as shared memory holds.
+  steps = [dict(block_k=b, num_stages=2, decode_ahead=b > layout.TILE) for b in (128, 256, 64, 512)]
+  where = [dict(scale_weights=not first.scale_weights)] if first.block_m >= 64 else []
+  return [steps, partitions, where]
+
+
+def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
+  return [
+    [dict(split_k=s) for s in (2 * first.split_k, first.split_k // 2, 4 * first.split_k) if 1 <= s <= 16],
+    [dict(num_stages=s) for s in (4, 2, 5)],
+    [dict(block_n=b) for b in (128, 64, 256)],
+    [dict(num_warps=w) for w in (8, 2)],
+    [dict(block_k=64)],
+    [dict(block_m=b) for b in (first.block_m * 2, first.block_m // 2)],
+  ]
+
+
+def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
+  """Whether the kernel takes `config` for `problem`."""
+  group_size, block_k = problem.group_size, config.block_k
+  _, n = layout.padded_shape(problem.k, problem.n)
+  if isinstance(config, TritonConfig) and n % config.block_n:
+    return False
+  if group_size == problem.k:
+    return True
+  if isinstance(config, HopperConfig):
+    runs = max(1, block_k // group_size)
+    if config.num_stages > config.max_stages(runs) or (config.scale_weights and group_size < layout.TILE):
+      return False
+  return block_k % group_size == 0 or group_size % block_k == 0

@@ -12,26 +12,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from marlin_jax.bench.operands import check, random_weights, random_x
+from marlin_jax.bench.operands import expected as _reference
 from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_ceilings
-from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device, matmul, qweight_shape
-from pallas_kernels.reference import matmul_reference
-from pallas_kernels.tuning import config_for
+from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, current_device, layout, matmul
+from pallas_kernels.tuning import Config, config_for
 
-# (K, N): a large MLP, and the layers of a 7B model.
-SHAPES = ((8192, 28672), (4096, 12288), (14336, 4096), (4096, 4096))
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 GROUP_SIZE = 128
+XLA_INT4 = "xla_int4"
 _TOLERANCE = 1.05  # a figure this far beyond the measured ceilings is a measuring error
-_MAX_ERROR = 2.0**-8  # what rounding the result once to bfloat16 explains
 
 
-def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], output: Path | None) -> None:
+def bench_matmul(
+  shapes: Sequence[tuple[int, int]], batches: Sequence[int], output: Path | None, tuned: Path | None = None
+) -> None:
   """Measures every shape at every batch size, with every kernel there is for this GPU; prints rows and writes a CSV.
 
   bfloat16, groups of 128, random weights that are rotated so that they are cold in L2. A result is checked against the
-  reference before its time counts; the ceilings are measured in the same run.
+  reference before its time counts; the ceilings are measured in the same run. Beside the kernels stands "xla_int4":
+  jnp.int4 weights that XLA scales by groups and multiplies.
+
+  Args:
+    shapes: (K, N) of the weights.
+    output: the CSV to write.
+    tuned: a table of configs that goes before the shipped one.
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU; a CPU timing says nothing about a kernel.
@@ -45,28 +53,33 @@ def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], outp
   print("     K      N     M  kernel        us  limit us of limit  bf16 us speed-up  error")
   rows = []
   for k, n in shapes:
-    weights, dense = _weights(k, n), _dense(k, n)
-    xs = [jax.random.normal(jax.random.key(m), (m, k), jnp.float32).astype(jnp.bfloat16) for m in batches]
     problems = [MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16)) for m in batches]
+    packed, dense = _weights(k, n), _dense(k, n)
+    xs = [random_x(problem) for problem in problems]
     kernels = [
       name for name, reason in IMPLEMENTATIONS.items() if name != "reference" and not reason(problems[0], device)
     ]
+    weights = dict.fromkeys(kernels, packed) | {XLA_INT4: [(_int4(q, k, n), scales) for q, scales in packed]}
+    functions = {name: functools.partial(matmul, implementation=name, tuned=tuned) for name in kernels}
     # Before anything is measured: compiling runs programs on the GPU too, to choose among them.
     products = _compile(jnp.dot, xs, dense[0])
-    compiled = {name: _compile(functools.partial(matmul, implementation=name), xs, *weights[0]) for name in kernels}
+    compiled = {
+      name: _compile(function, xs, *weights[name][0]) for name, function in (functions | {XLA_INT4: _xla_int4}).items()
+    }
     for i, (x, problem) in enumerate(zip(xs, problems, strict=True)):
       limit = max(problem.bytes / bytes_per_second, problem.flops / flops_per_second)
       bf16_time = kernel_time(products[i], [(x, w) for w in dense])
-      want = _reference(x.astype(jnp.float32), *weights[0])
-      for name in kernels:
+      want = np.asarray(_reference(x, *packed[0]))
+      for name, function in compiled.items():
         what = f"{name}, K={k} N={n} M={problem.m}"
-        y = compiled[name][i](x, *weights[0]).astype(jnp.float32)
-        error = float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want))
-        if not error < _MAX_ERROR:
-          raise RuntimeError(f"{what}: relative error {error:.1e} must be below {_MAX_ERROR:.1e}")
-        time = kernel_time(compiled[name][i], [(x, *w) for w in weights])
+        try:
+          error = check(np.asarray(function[i](x, *weights[name][0])), want)
+        except ArithmeticError as wrong:
+          raise RuntimeError(f"{what}: {wrong}") from None
+        time = kernel_time(function[i], [(x, *w) for w in weights[name]])
         if time * _TOLERANCE < limit:
           raise RuntimeError(f"{what}: {time * 1e6:.1f} us is below the limit, {limit * 1e6:.1f} us")
+        config = "" if name == XLA_INT4 else _text(config_for(name, problem, device, tuned=tuned))
         rows.append(
           dict(
             k=k,
@@ -75,7 +88,7 @@ def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], outp
             group_size=GROUP_SIZE,
             dtype="bfloat16",
             implementation=name,
-            config=_config(name, problem, device),
+            config=config,
             time_us=f"{time * 1e6:.2f}",
             limit_us=f"{limit * 1e6:.2f}",
             fraction_of_limit=f"{limit / time:.3f}",
@@ -96,36 +109,35 @@ def bench_matmul(shapes: Sequence[tuple[int, int]], batches: Sequence[int], outp
       writer.writerows(rows)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "n"))
+def _int4(qweight: Array, k: int, n: int) -> Array:
+  """The same codes as jnp.int4 [K, N], two in a byte, zero in the middle."""
+  return (layout.unpack_codes(qweight, k, n).astype(jnp.int8) - 8).astype(jnp.int4)
+
+
+def _xla_int4(x: Array, codes: Array, scales: Array) -> Array:
+  """What one writes in JAX without a kernel: dequantize in x's dtype, then multiply."""
+  grouped = codes.astype(x.dtype).reshape(scales.shape[0], -1, scales.shape[1])
+  return jnp.dot(x, (grouped * scales[:, None]).reshape(codes.shape))
+
+
 def _compile(function: Callable[..., Array], xs: Sequence[Array], *weight: Array) -> list[Any]:
   """The function compiled for each x, in as many threads as there are processors."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return list(pool.map(lambda x: jax.jit(function).lower(x, *weight).compile(), xs))
 
 
-def _config(name: str, problem: MatmulProblem, device: Device) -> str:
-  config = config_for(name, problem, device)
+def _text(config: Config) -> str:
   return " ".join(f"{field}={value}" for field, value in dataclasses.asdict(config).items())
 
 
-def _weights(k: int, n: int) -> list[tuple[Array, Array]]:
-  """Packed random weights, as many as it takes to be cold in L2; every code is as likely as every other."""
-  weights = []
-  for i in range(copies_for_cold_l2(k * n // 2)):
-    bits, sizes = jax.random.split(jax.random.key(i))
-    qweight = jax.lax.bitcast_convert_type(jax.random.bits(bits, qweight_shape(k, n), jnp.uint16), jnp.int16)
-    scales = jax.random.uniform(sizes, (k // GROUP_SIZE, n), jnp.float32, 0.005, 0.02).astype(jnp.bfloat16)
-    weights.append((qweight, scales))
-  return weights
+def _weights(k: int, n: int) -> list[tuple[Array, ...]]:
+  return random_weights(MatmulProblem(m=1, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16)))
 
 
 def _dense(k: int, n: int) -> list[Array]:
   keys = (jax.random.key(i) for i in range(copies_for_cold_l2(2 * k * n)))
   return [jax.random.normal(key, (k, n), jnp.float32).astype(jnp.bfloat16) for key in keys]
-
-
-@jax.jit
-def _reference(x: Array, qweight: Array, scales: Array) -> Array:
-  return matmul_reference(x, qweight, scales)
 
 
 def _line(row: dict[str, Any]) -> str:

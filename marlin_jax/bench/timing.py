@@ -13,7 +13,6 @@ from pallas_kernels.hardware import H200
 
 # Reading this much between two uses of a weight pushes it out of L2, with a factor of three to spare.
 _EVICTING_BYTES = 3 * H200.l2_bytes
-_ROUNDS = 5
 
 
 def copies_for_cold_l2(nbytes: int) -> int:
@@ -21,13 +20,14 @@ def copies_for_cold_l2(nbytes: int) -> int:
   return max(2, math.ceil(_EVICTING_BYTES / nbytes))
 
 
-def kernel_time(compiled: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]) -> float:
+def kernel_time(compiled: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], *, rounds: int = 5) -> float:
   """Seconds of GPU kernels per call of `compiled`, the median over calls, rotating over the argument sets.
 
   Everything that a call launches counts; gaps between kernels and the host's work do not.
 
   Args:
     compiled: a compiled function, so that nothing but its own kernels runs.
+    rounds: calls with each argument set.
 
   Raises:
     RuntimeError: CUPTI saw no kernels, or not the same number at every call.
@@ -40,11 +40,11 @@ def kernel_time(compiled: Callable[..., Any], argument_sets: Sequence[tuple[Any,
   jax.block_until_ready([compiled(*arguments) for arguments in argument_sets])
   cupti._cupti_init()
   try:
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
       jax.block_until_ready([compiled(*arguments) for arguments in argument_sets])
   finally:
     timings = cupti._cupti_get_timings(True)
-  calls = _ROUNDS * len(argument_sets)
+  calls = rounds * len(argument_sets)
   if not timings or len(timings) % calls:
     raise RuntimeError(f"CUPTI saw {len(timings or ())} kernels in {calls} calls, which must be a positive multiple")
   milliseconds = np.array([duration for _, duration in timings]).reshape(calls, -1).sum(axis=1)

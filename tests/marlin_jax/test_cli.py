@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 
+import jax
 import pytest
 from flax import nnx
 
@@ -86,16 +87,6 @@ def test_a_quantized_checkpoint_is_not_quantized_again(quantized, tmp_path, caps
   assert "is quantized already" in capsys.readouterr().err
 
 
-def test_bench_without_a_gpu_measures_nothing_and_says_so(capsys):
-  import jax
-
-  if jax.default_backend() == "gpu":
-    pytest.skip("there is a GPU here")
-  assert main(["bench", "matmul"]) == 2
-  out, err = capsys.readouterr()
-  assert "nothing measured" in err and not out
-
-
 def test_demo_tells_the_whole_story(capsys):
   demo_run.run_demo(max_new_tokens=10, windows=1)
   out = capsys.readouterr().out
@@ -112,3 +103,20 @@ def test_a_checkpoint_without_a_tokenizer_is_named(quantized, tmp_path, capsys):
   (tmp_path / "mute" / "tokenizer.json").unlink()
   assert main(["generate", str(tmp_path / "mute"), "--prompt", "a"]) == 2
   assert "no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+@pytest.mark.parametrize(
+  "arguments",
+  [["tune", "--output", "TABLE"], ["tune", "--output", "TABLE", "--model", str(LLAMA)], ["bench", "matmul"]],
+)
+def test_measuring_without_a_gpu_says_so(arguments, tmp_path, capsys):
+  table = str(tmp_path / "table.json")
+  assert main([table if argument == "TABLE" else argument for argument in arguments]) == 2
+  out, err = capsys.readouterr()
+  assert "on an NVIDIA GPU, and this is cpu: nothing" in err and not out and not list(tmp_path.iterdir())
+
+
+def test_a_shape_that_is_none_is_named(capsys):
+  assert main(["bench", "matmul", "--shapes", "4096by4096"]) == 2
+  assert "shape '4096by4096' must be KxN" in capsys.readouterr().err

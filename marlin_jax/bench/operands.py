@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel is measured on, random and never zero, and whether its result is right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from marlin_jax.bench.timing import copies_for_cold_l2
+from pallas_kernels import MatmulProblem, qweight_shape
+from pallas_kernels.reference import matmul_reference
+
+# Rounding the result once explains a quarter of this, rounding the weights too half of it.
+_MAX_ERROR = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+# Of the root mean square, for a single element: one that is wrong is off by about 1.
+_MAX_OUTLIER = 2.0**-4
+
+
+def random_weights(problem: MatmulProblem) -> list[tuple[Array, ...]]:
+  """(qweight, scales) as often as it takes to be cold in L2; every code is as likely as every other."""
+  p = problem
+  weights = []
+  for i in range(copies_for_cold_l2(p.k * p.n // 2)):
+    codes, sizes = jax.random.split(jax.random.key(i))
+    qweight = jax.lax.bitcast_convert_type(jax.random.bits(codes, qweight_shape(p.k, p.n), jnp.uint16), jnp.int16)
+    scales = jax.random.uniform(sizes, (p.k // p.group_size, p.n), jnp.float32, 0.005, 0.02).astype(p.dtype)
+    weights.append((qweight, scales))
+  return weights
+
+
+def random_x(problem: MatmulProblem) -> Float[Array, "M K"]:
+  """Gaussian activations in the problem's dtype."""
+  return jax.random.normal(jax.random.key(problem.m), (problem.m, problem.k), jnp.float32).astype(problem.dtype)
+
+
+@jax.jit
+def expected(x: Float[Array, "M K"], *weight: Array) -> Float[Array, "M N"]:
+  """The reference's product, in float32."""
+  return matmul_reference(x.astype(jnp.float32), *weight)
+
+
+def check(y: Float[np.ndarray, "M N"], want: Float[np.ndarray, "M N"]) -> float:
+  """The relative error of `y` in the 2-norm.
+
+  Raises:
+    ArithmeticError: it, or the error of a single element, is more than rounding explains.
+  """
+  difference = y.astype(np.float32) - want
+  size = np.linalg.norm(want)
+  error, limit = float(np.linalg.norm(difference) / size), _MAX_ERROR[y.dtype.name]
+  if not error < limit:
+    raise ArithmeticError(f"relative error {error:.1e} must be below {limit:.1e}")
+  outlier = float(np.abs(difference).max() / size * want.size**0.5)
+  if not outlier < _MAX_OUTLIER:
+    raise ArithmeticError(
+      f"an element is off by {outlier:.1e} of the mean size, which must be below {_MAX_OUTLIER:.1e}"
+    )
+  return error
