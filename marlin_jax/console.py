@@ -29,8 +29,10 @@ def describe_matmuls(model: nnx.Module) -> str:
     return f"no quantized layers: XLA's own matmul on {device.kind}"
   chosen = set()
   for layer in layers:
-    k, n = layer.packed.shape
-    problem = MatmulProblem(m=1, n=n, k=k, group_size=layer.packed.group_size, dtype=np.dtype(layer.dtype))
+    w = layer.packed
+    k, n = w.shape
+    sizes = dict(m=1, n=n, k=k, group_size=w.group_size)
+    problem = MatmulProblem(**sizes, dtype=np.dtype(layer.dtype), bits=w.bits, zeros=w.zeros is not None)
     chosen.add(choose_implementation(problem, device))
   names = ", ".join(sorted(chosen))
   if chosen == {"reference"}:

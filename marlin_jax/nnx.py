@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from marlin_jax.ops import quant_matmul
 from marlin_jax.packing import pack
-from marlin_jax.quantized import PackedTensor, QuantSpec
+from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
 from marlin_jax.quantizers.rtn import quantize_rtn
 
 
@@ -26,13 +26,13 @@ def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec) -> PackedTensor:
 
 
 class QuantLinear(nnx.Module):
-  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] with w in 4 bits.
+  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] with w in 4 or 8 bits.
 
   Constructor words, argument order and initialisation are those of `nnx.Linear`; a fresh layer holds a quantized
   random kernel. Usually it is made from a trained one, by `from_linear` or `marlin_jax.quantize`.
 
   Attributes:
-    qweight, scales: QuantParam; the fields of a PackedTensor.
+    qweight, scales, zeros, permutation: QuantParam; the fields of a PackedTensor. The last two may be None.
     bias: nnx.Param of shape (out_features,), or None.
   """
 
@@ -55,8 +55,8 @@ class QuantLinear(nnx.Module):
       use_bias: whether there is a bias.
       dtype: x and bias are cast to it and the result has it; None keeps x's own dtype.
       param_dtype: of scales and bias.
-      spec: bits and group size.
-      kernel_init, bias_init: initialisers, as for nnx.Linear.
+      spec: bits, group size and symmetry.
+      kernel_init, bias_init: initialisers, as for nnx.Linear; a PackedTensor from kernel_init is held as it is.
       rngs: with a "params" stream.
 
     Raises:
@@ -64,8 +64,10 @@ class QuantLinear(nnx.Module):
     """
     self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
     w = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-    packed = quantize_and_pack(w, spec)
-    self.qweight, self.scales = QuantParam(packed.qweight), QuantParam(packed.scales)
+    packed = w if isinstance(w, PackedTensor) else quantize_and_pack(w, spec)
+    for name in PACKED_FIELDS:
+      array = getattr(packed, name)
+      setattr(self, name, nnx.data(None if array is None else QuantParam(array)))
     self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
 
   @classmethod
@@ -74,10 +76,7 @@ class QuantLinear(nnx.Module):
   ) -> "QuantLinear":
     """A layer around an existing packed weight; nothing is computed."""
     k, n = w.shape
-    # The constructor's random weights are traced for the layer's structure only, and replaced.
-    whole_column = QuantSpec(group_size=None)
-    self = nnx.eval_shape(lambda: cls(k, n, use_bias=False, dtype=dtype, spec=whole_column, rngs=nnx.Rngs(0)))
-    self.qweight, self.scales = QuantParam(w.qweight), QuantParam(w.scales)
+    self = cls(k, n, use_bias=False, dtype=dtype, kernel_init=lambda *_: w, rngs=nnx.Rngs(0))
     self.bias = nnx.data(bias)
     return self
 
@@ -101,7 +100,9 @@ class QuantLinear(nnx.Module):
   @property
   def packed(self) -> PackedTensor:
     """The weight, as the kernel takes it."""
-    return PackedTensor(qweight=self.qweight[...], scales=self.scales[...], k=self.in_features)
+    fields = {name: getattr(self, name) for name in PACKED_FIELDS}
+    arrays = {name: variable[...] for name, variable in fields.items() if variable is not None}
+    return PackedTensor(k=self.in_features, **arrays)
 
   def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
     """y = x @ w + bias; see `marlin_jax.quant_matmul` for the errors."""

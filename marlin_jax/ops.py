@@ -3,6 +3,7 @@
 
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from marlin_jax.quantized import PackedTensor
@@ -22,7 +23,7 @@ def quant_matmul(
 
   Args:
     x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
-    w: the packed weight.
+    w: the packed weight. With a permutation, x is gathered before the product.
     bias: added after the product is rounded to x's dtype, as Flax's dense layers do.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
@@ -33,6 +34,8 @@ def quant_matmul(
   if x.shape[-1] != w.k:
     raise ValueError(f"x has {x.shape[-1]} features, the weight has K={w.k}")
   *batch, k = x.shape
-  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, implementation=implementation)
+  if w.permutation is not None:
+    x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
+  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, w.zeros, implementation=implementation)
   y = y.reshape(*batch, w.shape[1])
   return y if bias is None else y + bias.astype(y.dtype)

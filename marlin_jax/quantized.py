@@ -11,30 +11,39 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, Int16
+from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 
 from pallas_kernels import layout, reference
 
-GROUP_SIZES = (32, 64, 128, None)
+SMALLEST_GROUP = 16
+# The arrays of a PackedTensor: the names of a layer's variables too, and of the tensors in our checkpoints.
+PACKED_FIELDS = ("qweight", "scales", "zeros", "permutation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class QuantSpec:
-  """How weights are quantized: w is approximated by scales * (codes - 8).
+  """How weights are quantized: w is approximated by scales * (codes - zeros).
 
   Attributes:
-    bits: per code; 4.
-    group_size: consecutive k that share a scale: 32, 64, 128, or None for one scale per column.
+    bits: per code, 4 or 8.
+    group_size: consecutive k that share a scale: a multiple of 16, or None for one scale per column.
+    symmetric: the zero point is the middle code, 2^(bits - 1), everywhere; else every group has one of its own.
   """
 
   bits: int = 4
   group_size: int | None = 128
+  symmetric: bool = True
 
   def __post_init__(self):
-    if self.bits != 4:
-      raise NotImplementedError(f"bits={self.bits} is not implemented, only 4")
-    if self.group_size not in GROUP_SIZES:
-      raise ValueError(f"group_size={self.group_size} must be one of {GROUP_SIZES} (None: one scale per column)")
+    if self.bits not in (4, 8):
+      raise NotImplementedError(f"bits={self.bits} is not implemented, only 4 and 8")
+    size = self.group_size
+    if size is not None and (type(size) is not int or size < SMALLEST_GROUP or size % SMALLEST_GROUP):
+      raise ValueError(
+        f"group_size={size} must be a positive multiple of {SMALLEST_GROUP}, or None for one scale per column"
+      )
+    if type(self.symmetric) is not bool:
+      raise ValueError(f"symmetric={self.symmetric} must be True or False")
 
   def groups(self, k: int) -> int:
     """Number of groups in a column of k weights. ValueError if the group size does not divide k."""
@@ -68,25 +77,36 @@ class _CheckedPytree:
     return self
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(_CheckedPytree):
-  """w[k, n] = scales[k // group_size, n] * (codes[k, n] - 8).
+  """w[permutation[k], n] = scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]).
 
   Attributes:
-    codes: int8 [K, N], values 0..15; 8 is the weight zero.
+    codes: uint8 [K, N], values 0 .. 2^bits - 1.
     scales: float [G, N], one row per group of K / G consecutive k; negative ones are allowed.
+    zeros: float [G, N], the code of weight zero in each group, whole or not; None is 2^(bits - 1) everywhere.
+    permutation: int32 [K], the input feature that row k of codes belongs to; each feature once. None is k itself. With
+      it, the groups of an act-order quantizer, scattered along the features, become runs of rows.
+    bits: 4 or 8.
 
   Raises:
-    ValueError: wrong dtype or rank, or K is no multiple of G.
+    ValueError: wrong dtype or shape, or K is no multiple of G.
   """
 
-  codes: Int8[Array, "K N"]
+  _static = ("bits",)
+
+  codes: UInt8[Array, "K N"]
   scales: Float[Array, "G N"]
+  zeros: Float[Array, "G N"] | None = None
+  permutation: Int32[Array, " K"] | None = None
+  bits: int = 4
 
   def __post_init__(self):
-    if self.codes.dtype != jnp.int8 or self.codes.ndim != 2:
-      raise ValueError(f"codes are {self.codes.dtype} {self.codes.shape}, must be int8 [K, N]")
-    _check_scales(self.scales, *self.codes.shape)
+    if self.codes.dtype != jnp.uint8 or self.codes.ndim != 2:
+      raise ValueError(f"codes are {self.codes.dtype} {self.codes.shape}, must be uint8 [K, N]")
+    if self.bits not in (4, 8):
+      raise ValueError(f"bits={self.bits} must be 4 or 8")
+    _check_groups(self, *self.codes.shape)
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -99,17 +119,18 @@ class QuantizedTensor(_CheckedPytree):
     return self.codes.shape[0] // self.scales.shape[0]
 
   def dequantize(self) -> Float32[Array, "K N"]:
-    """The weight these codes stand for, exact in float32."""
-    return reference.dequantize(self.codes, self.scales)
+    """The weight these codes stand for, rows in the order of the input features, in float32."""
+    w = reference.dequantize(self.codes, self.scales, self.zeros, self.bits)
+    return w if self.permutation is None else jnp.zeros_like(w).at[self.permutation].set(w, unique_indices=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedTensor(_CheckedPytree):
   """The weight of a `QuantizedTensor` in the order the kernels read it (pallas_kernels/layout.py).
 
   Attributes:
-    qweight: int16 words of four codes, [N/64, K/64, 32, 32] with N and K padded to whole tiles.
-    scales: float [G, N], not padded.
+    qweight: int16 words of codes, [N/64, K/64, 8 bits, 32] with N and K padded to whole tiles.
+    scales, zeros, permutation: as in `QuantizedTensor`; not padded.
     k: the logical K, which the padded words do not tell.
 
   Raises:
@@ -118,21 +139,29 @@ class PackedTensor(_CheckedPytree):
 
   _static = ("k",)
 
-  qweight: Int16[Array, "N_tiles K_tiles 32 32"]
+  qweight: Int16[Array, "N_tiles K_tiles rows 32"]
   scales: Float[Array, "G N"]
+  zeros: Float[Array, "G N"] | None = None
+  permutation: Int32[Array, " K"] | None = None
   k: int
 
   def __post_init__(self):
     if self.qweight.dtype != jnp.int16:
       raise ValueError(f"qweight is {self.qweight.dtype}, must be int16")
-    _check_scales(self.scales, self.k, self.scales.shape[-1])
-    if self.qweight.shape != layout.qweight_shape(*self.shape):
-      raise ValueError(f"{self.qweight.shape=} must be {layout.qweight_shape(*self.shape)} for a {self.shape} weight")
+    _check_groups(self, self.k, self.scales.shape[-1])
+    shapes = [layout.qweight_shape(*self.shape, bits) for bits in (4, 8)]
+    if self.qweight.shape not in shapes:
+      raise ValueError(f"{self.qweight.shape=} must be one of {shapes} for a {self.shape} weight")
 
   @property
   def shape(self) -> tuple[int, int]:
     """(K, N), logical."""
     return self.k, self.scales.shape[1]
+
+  @property
+  def bits(self) -> int:
+    """Bits of a code, 4 or 8."""
+    return self.qweight.shape[2] // 8
 
   @property
   def group_size(self) -> int:
@@ -141,13 +170,18 @@ class PackedTensor(_CheckedPytree):
 
   @property
   def nbytes(self) -> int:
-    """Bytes of codes and scales, padding included."""
-    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in (self.qweight, self.scales))
+    """Bytes of all fields, padding included."""
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
 
-def _check_scales(scales, k: int, n: int):
+def _check_groups(tensor: QuantizedTensor | PackedTensor, k: int, n: int):
+  scales, zeros, permutation = tensor.scales, tensor.zeros, tensor.permutation
   if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.ndim != 2:
     raise ValueError(f"scales are {scales.dtype} {scales.shape}, must be floating point [G, N]")
   groups, columns = scales.shape
   if columns != n or groups < 1 or k % groups:
     raise ValueError(f"scales have shape {scales.shape}, must be [G, {n}] with a G that divides K={k}")
+  if zeros is not None and not (jnp.issubdtype(zeros.dtype, jnp.floating) and zeros.shape == scales.shape):
+    raise ValueError(f"zeros are {zeros.dtype} {zeros.shape}, must be floating point {scales.shape}, as the scales")
+  if permutation is not None and (permutation.dtype != jnp.int32 or permutation.shape != (k,)):
+    raise ValueError(f"permutation is {permutation.dtype} {permutation.shape}, must be int32 ({k},)")

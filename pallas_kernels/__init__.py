@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""4-bit weight matmul kernels for JAX: arrays in, arrays out."""
+"""4- and 8-bit weight matmul kernels for JAX: arrays in, arrays out."""
 
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.layout import pack_codes, qweight_shape, unpack_codes

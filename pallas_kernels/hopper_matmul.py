@@ -103,6 +103,8 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
   if not any(name in device.kind for name in ("H100", "H200", "H20", "H800", "GH200")):
     return f"it runs on Hopper GPUs (compute capability 9.0), and {device.kind!r} is none that it knows"
+  if problem.bits != 4 or problem.zeros:
+    return f"it takes 4 bits without zero points, not bits={problem.bits}, zeros={problem.zeros}"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if max(problem.k * problem.n // 4, problem.m * problem.k, problem.m * problem.n) >= 2**31:

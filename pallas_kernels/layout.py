@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packed layout of 4-bit weights: one buffer that both the Triton and the Mosaic lowering read without a shuffle.
+"""The packed layout of 4- and 8-bit weights: one buffer that the Triton and the Mosaic lowering read without a shuffle.
 
 A 64 (k) x 64 (n) tile of codes is 1024 int16 words, 2 KiB in a row, stored as `qweight [N/64, K/64, 32, 32]`. Each
 word holds four codes, nibble p in bits 4p..4p+3. Nibble p of all words of a tile is a 32 x 32 sub-matrix of it,
@@ -19,19 +19,29 @@ those 32 codes: one 16-byte load per thread, and `word pair >> 4p & 0x000F000F` 
 Mosaic kernel says so itself; in a Triton kernel the four nibble planes are joined and their index bits transposed to
 the natural order of n and k, which its compiler finds to be a renaming of registers.
 
-N is padded to a multiple of 64 and K to one of 128 with codes that dequantize to zero, once, at packing time; the
-logical sizes are those of `scales` and `x`.
+8 bits are two 4-bit tiles one after the other, `qweight [N/64, K/64, 64, 32]`: rows 0..31 hold the high nibbles of the
+tile's codes, rows 32..63 the low ones, each packed as above. code - 128 = 16 (high - 8) + low, exact in bfloat16 and
+fp16: a kernel decodes 8 bits with its 4-bit decoder, twice, and one fused multiply-add. `qweight.shape[2] // 8` is the
+number of bits.
+
+N is padded to a multiple of 64 and K to one of 128 with codes that stand for zero without zero points, once, at packing
+time; the logical sizes are those of `scales` and `x`.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int8, Int16
+from jaxtyping import Array, Int16, UInt8
 
 TILE = 64  # codes along either side of a tile
 TILE_WORDS = TILE * TILE // 4
 K_MULTIPLE = 2 * TILE  # a K step of 128 then never ends inside the buffer, whatever K is
-ZERO_CODE = 8  # the code of weight 0 in symmetric quantization
+ZERO_CODE = 8  # the code of weight 0 in symmetric quantization to 4 bits
+
+
+def zero_code(bits: int) -> int:
+  """The code of weight 0 in symmetric quantization: 8 of 0..15, 128 of 0..255."""
+  return 1 << bits - 1
 
 
 def padded_shape(k: int, n: int) -> tuple[int, int]:
@@ -39,10 +49,10 @@ def padded_shape(k: int, n: int) -> tuple[int, int]:
   return -(-k // K_MULTIPLE) * K_MULTIPLE, -(-n // TILE) * TILE
 
 
-def qweight_shape(k: int, n: int) -> tuple[int, int, int, int]:
-  """Shape of the packed buffer of a [k, n] weight, in int16 words."""
+def qweight_shape(k: int, n: int, bits: int = 4) -> tuple[int, int, int, int]:
+  """Shape of the packed buffer of a [k, n] weight of 4- or 8-bit codes, in int16 words."""
   k_padded, n_padded = padded_shape(k, n)
-  return n_padded // TILE, k_padded // TILE, 32, 32
+  return n_padded // TILE, k_padded // TILE, 8 * bits, 32
 
 
 def plane_k(c, p_half: int):
@@ -63,31 +73,48 @@ _TILE_AXES = dict(k_tile=0, j=1, half=2, quad=3, e=4, n_tile=5, warp=6, odd=7, l
 _WORD_AXES = ("n_tile", "k_tile", "warp", "lane", "quad", "j", "e", "half", "odd")
 
 
-def pack_codes(codes: Int8[Array, "K N"]) -> Int16[Array, "N_tiles K_tiles 32 32"]:
-  """Packs codes 0..15 into kernel order; pure jnp, jit-able. Other values are the caller's mistake and not looked at.
+def pack_codes(codes: UInt8[Array, "K N"], bits: int = 4) -> Int16[Array, "N_tiles K_tiles rows 32"]:
+  """Packs codes 0 .. 2^bits - 1 into kernel order; pure jnp, jit-able. Larger ones are the caller's mistake.
 
   Returns:
-    int16 words of shape `qweight_shape(K, N)`; the padding holds the code of zero.
+    int16 words of shape `qweight_shape(K, N, bits)`; the padding holds the code of zero.
   """
   k, n = codes.shape
   k_padded, n_padded = padded_shape(k, n)
-  codes = jnp.pad(codes, ((0, k_padded - k), (0, n_padded - n)), constant_values=ZERO_CODE)
-  tiles = codes.astype(jnp.uint16).reshape(k_padded // TILE, 4, 2, 4, 2, n_padded // TILE, 4, 2, 8)
-  nibbles = tiles.transpose([_TILE_AXES[axis] for axis in _WORD_AXES]).reshape(*qweight_shape(k, n), 4)
-  words = nibbles << jnp.arange(0, 16, 4, dtype=jnp.uint16)
-  return jax.lax.bitcast_convert_type(words.sum(-1, dtype=jnp.uint16), jnp.int16)
+  codes = jnp.pad(codes, ((0, k_padded - k), (0, n_padded - n)), constant_values=zero_code(bits))
+  if bits == 4:
+    return _pack_nibbles(codes)
+  return jnp.concatenate([_pack_nibbles(codes >> 4), _pack_nibbles(codes & 15)], axis=2)
 
 
-def unpack_codes(qweight: Int16[Array, "N_tiles K_tiles 32 32"], k: int, n: int) -> Int8[Array, "K N"]:
-  """The codes 0..15 of a packed [k, n] weight: the inverse of `pack_codes`; pure jnp, jit-able.
+def unpack_codes(qweight: Int16[Array, "N_tiles K_tiles rows 32"], k: int, n: int) -> UInt8[Array, "K N"]:
+  """The codes of a packed [k, n] weight, 4 or 8 bits by the buffer's shape: the inverse of `pack_codes`; jit-able.
 
   Raises:
     ValueError: the buffer is not that of a [k, n] weight.
   """
-  if qweight.shape != qweight_shape(k, n):
-    raise ValueError(f"{qweight.shape=} is not the packed shape {qweight_shape(k, n)} of a weight with {k=}, {n=}")
-  n_tiles, k_tiles, _, _ = qweight.shape
-  nibbles = (qweight[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.int16)).astype(jnp.int8) & 15
-  words = nibbles.reshape(n_tiles, k_tiles, 4, 8, 4, 4, 2, 2, 2)
-  tiles = words.transpose(np.argsort([_TILE_AXES[axis] for axis in _WORD_AXES]))
-  return tiles.reshape(k_tiles * TILE, n_tiles * TILE)[:k, :n]
+  shapes = [qweight_shape(k, n, bits) for bits in (4, 8)]
+  if qweight.shape not in shapes:
+    raise ValueError(f"{qweight.shape=} is none of the packed shapes {shapes} of a weight with {k=}, {n=}")
+  if qweight.shape == shapes[0]:
+    return _unpack_nibbles(qweight)[:k, :n]
+  high, low = (_unpack_nibbles(half) for half in jnp.split(qweight, 2, axis=2))
+  return (high << 4 | low)[:k, :n]
+
+
+def _pack_nibbles(codes):
+  """[K, N], whole tiles -> int16 [N/64, K/64, 32, 32]."""
+  k, n = codes.shape
+  tiles = codes.astype(jnp.uint16).reshape(k // TILE, 4, 2, 4, 2, n // TILE, 4, 2, 8)
+  nibbles = tiles.transpose([_TILE_AXES[axis] for axis in _WORD_AXES]).reshape(n // TILE, k // TILE, 32, 32, 4)
+  words = nibbles << jnp.arange(0, 16, 4, dtype=jnp.uint16)
+  return jax.lax.bitcast_convert_type(words.sum(-1, dtype=jnp.uint16), jnp.int16)
+
+
+def _unpack_nibbles(words):
+  """int16 [N/64, K/64, 32, 32] -> uint8 [K, N]."""
+  n_tiles, k_tiles, _, _ = words.shape
+  nibbles = (words[..., None] >> jnp.arange(0, 16, 4, dtype=jnp.int16)).astype(jnp.uint8) & 15
+  axes = nibbles.reshape(n_tiles, k_tiles, 4, 8, 4, 4, 2, 2, 2)
+  tiles = axes.transpose(np.argsort([_TILE_AXES[axis] for axis in _WORD_AXES]))
+  return tiles.reshape(k_tiles * TILE, n_tiles * TILE)

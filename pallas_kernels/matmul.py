@@ -43,19 +43,22 @@ def choose_implementation(problem: MatmulProblem, device: Device | None = None) 
 
 def matmul(
   x: Float[Array, "M K"],
-  qweight: Int16[Array, "N_tiles K_tiles 32 32"],
+  qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
+  zeros: Float[Array, "G N"] | None = None,
   *,
   implementation: str | None = None,
   interpret: bool = False,
   tuned: str | Path | None = None,
 ) -> Float[Array, "M N"]:
-  """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - 8), accumulated in float32.
+  """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]), summed in float32.
 
   Args:
     x: bfloat16, float16 or (reference only) float32; M may be 0.
-    qweight: codes 0..15 in kernel order, from `layout.pack_codes`.
+    qweight: codes of 4 or 8 bits in kernel order, from `layout.pack_codes`; its shape says which.
     scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
+    zeros: zero points, like scales; None is the middle code, 8 or 128. A kernel rounds codes - zeros to x's dtype,
+      which is exact for integers, and rounds zeros that are not to it before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run the Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table of configs by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
@@ -71,9 +74,12 @@ def matmul(
   (m, k), (groups, n) = x.shape, scales.shape
   if groups < 1 or k % groups:
     raise ValueError(f"scales have {groups} groups, which must divide k={k}")
-  if qweight.shape != layout.qweight_shape(k, n):
-    raise ValueError(f"{qweight.shape=} must be {layout.qweight_shape(k, n)} for x {x.shape} and scales {scales.shape}")
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
+  bits = 8 if qweight.shape[2] == 64 else 4
+  if qweight.shape != (shape := layout.qweight_shape(k, n, bits)):
+    raise ValueError(f"{qweight.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
+  if zeros is not None and zeros.shape != scales.shape:
+    raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=bits, zeros=zeros is not None)
   device = INTERPRETED if interpret else current_device()
   if implementation is None:
     implementation = choose_implementation(problem, device)
@@ -84,7 +90,7 @@ def matmul(
   if m == 0:
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
-    return reference.matmul_reference(x, qweight, scales)
+    return reference.matmul_reference(x, qweight, scales, zeros)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.triton_config(problem, device.num_sms)

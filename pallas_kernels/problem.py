@@ -11,12 +11,14 @@ from pallas_kernels.hardware import Hardware
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MatmulProblem:
-  """y [m, n] = x [m, k] @ w [k, n] with w in 4 bits.
+  """y [m, n] = x [m, k] @ w [k, n] with w in 4 or 8 bits.
 
   Attributes:
     m, n, k: logical sizes; m may be 0.
     group_size: consecutive k that share a scale; it divides k. k itself is one group per column.
     dtype: of x and y.
+    bits: per code, 4 or 8.
+    zeros: whether every group has a zero point of its own.
   """
 
   m: int
@@ -24,6 +26,8 @@ class MatmulProblem:
   k: int
   group_size: int
   dtype: np.dtype
+  bits: int = 4
+  zeros: bool = False
 
   def __post_init__(self):
     if self.m < 0 or self.n < 1 or self.k < 1:
@@ -32,6 +36,8 @@ class MatmulProblem:
       raise ValueError(f"group_size={self.group_size} must divide k={self.k}")
     if not jnp.issubdtype(self.dtype, jnp.floating):
       raise ValueError(f"dtype={self.dtype} must be a floating point type")
+    if self.bits not in (4, 8):
+      raise ValueError(f"bits={self.bits} must be 4 or 8")
 
   @property
   def flops(self) -> int:
@@ -40,10 +46,10 @@ class MatmulProblem:
 
   @property
   def bytes(self) -> int:
-    """Bytes that must move: codes, scales and x read once, y written once."""
-    codes = self.n * self.k // 2
+    """Bytes that must move: codes, scales, zeros and x read once, y written once."""
+    codes = self.n * self.k * self.bits // 8
     scales = self.n * (self.k // self.group_size) * self.dtype.itemsize
-    return codes + scales + self.m * (self.n + self.k) * self.dtype.itemsize
+    return codes + scales * (1 + self.zeros) + self.m * (self.n + self.k) * self.dtype.itemsize
 
   def time_limit(self, hardware: Hardware) -> float:
     """Seconds that no implementation can beat: the longer of moving the bytes and doing the arithmetic."""

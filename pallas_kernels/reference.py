@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of the product in plain jnp: the oracle of every kernel test, and the path where no GPU is.
 
-    y[m, n] = sum_k x[m, k] * scales[k // group_size, n] * (codes[k, n] - 8)
+    y[m, n] = sum_k x[m, k] * scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n])
 
-The weight is dequantized exactly, the sum is taken in float32 and rounded once, to the dtype of x.
+Without zeros every zero point is the middle code, 2^(bits - 1). Weight and sum are float32, rounded once, to x's dtype.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int16
+from jaxtyping import Array, Float, Float32, Int16, UInt8
 
 from pallas_kernels import layout
 from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
 
-def dequantize(codes: Int8[Array, "K N"], scales: Float[Array, "G N"]) -> Float32[Array, "K N"]:
-  """w[k, n] = scales[k // (K / G), n] * (codes[k, n] - 8), exact in float32."""
+def dequantize(
+  codes: UInt8[Array, "K N"], scales: Float[Array, "G N"], zeros: Float[Array, "G N"] | None = None, bits: int = 4
+) -> Float32[Array, "K N"]:
+  """w[k, n] = scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) in float32.
+
+  Exact with scales in 16 bits and integer zero points; None is 2^(bits - 1) everywhere.
+  """
   k, n = codes.shape
-  grouped = codes.reshape(scales.shape[0], -1, n).astype(jnp.float32) - layout.ZERO_CODE
+  grouped = codes.reshape(scales.shape[0], -1, n).astype(jnp.float32)
+  grouped -= layout.zero_code(bits) if zeros is None else zeros.astype(jnp.float32)[:, None]
   return (grouped * scales.astype(jnp.float32)[:, None]).reshape(k, n)
 
 
@@ -28,8 +34,12 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
 
 
 def matmul_reference(
-  x: Float[Array, "M K"], qweight: Int16[Array, "N_tiles K_tiles 32 32"], scales: Float[Array, "G N"]
+  x: Float[Array, "M K"],
+  qweight: Int16[Array, "N_tiles K_tiles rows 32"],
+  scales: Float[Array, "G N"],
+  zeros: Float[Array, "G N"] | None = None,
 ) -> Float[Array, "M N"]:
-  """y = x @ dequantize(unpack(qweight), scales), accumulated in float32, rounded once to x.dtype."""
-  w = dequantize(layout.unpack_codes(qweight, x.shape[1], scales.shape[1]), scales)
+  """y = x @ dequantize(unpack(qweight), scales, zeros), accumulated in float32, rounded once to x.dtype."""
+  codes = layout.unpack_codes(qweight, x.shape[1], scales.shape[1])
+  w = dequantize(codes, scales, zeros, bits=qweight.shape[2] // 8)
   return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)

@@ -58,6 +58,8 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
   if device.platform != "cuda":
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
+  if problem.bits != 4 or problem.zeros:
+    return f"it takes 4 bits without zero points, not bits={problem.bits}, zeros={problem.zeros}"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if 64 % problem.group_size and problem.group_size % 64 and problem.group_size != problem.k:

@@ -47,10 +47,10 @@ def decode(qweight: Int32[Array, "K_words N"], scales: Float[Array, "G N"]) -> Q
 
 
 def unpack_words(words, axis: int):
-  """int8 codes of int32 words, eight to a word along `axis`, the first in the lowest bits; for numpy and JAX arrays."""
+  """uint8 codes of int32 words, eight to a word along `axis`, the first in the lowest bits; for numpy and JAX."""
   shifts = np.arange(0, 32, 4, dtype=np.int32).reshape(8, *(1,) * (words.ndim - 1 - axis))
   fields = words.reshape(*words.shape[: axis + 1], 1, *words.shape[axis + 1 :]) >> shifts & 15
-  return fields.astype(np.int8).reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
+  return fields.astype(np.uint8).reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
 
 
 class GptqLayers(QuantizedLayers):

@@ -2,7 +2,6 @@
 """The tensors of a Hugging Face checkpoint of the Llama family as the parameters of a Decoder."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from marlin_jax.checkpoint.layers import QuantizedLayers, read_float
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.models.config import ModelConfig, read_eos
 from marlin_jax.models.decoder import Decoder
-from marlin_jax.nnx import QuantLinear
-from marlin_jax.quantized import QuantSpec
+from marlin_jax.nnx import QuantLinear, QuantParam
 
 # Our path segment -> theirs; a segment that is not listed has the same name in both.
 _SEGMENTS = {
@@ -55,41 +53,9 @@ def tensor_name(path: tuple[Any, ...]) -> str:
   return ".".join(_SEGMENTS.get(str(segment), str(segment)) for segment in path)
 
 
-def abstract_decoder(config: ModelConfig, dtype: DTypeLike, quantized: Mapping[str, QuantSpec]) -> Decoder:
-  """A Decoder of shapes without values, with a QuantLinear for each module whose Hugging Face name is in `quantized`.
-
-  Raises:
-    CheckpointError: a name in `quantized` is no dense layer of the model, or its group size does not divide K.
-  """
-
-  def build() -> Decoder:
-    model = Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    layers = dense_layers(model)
-    for name, spec in quantized.items():
-      if name not in layers:
-        raise CheckpointError(
-          f"{name} is quantized in the checkpoint, but {config.architecture} has no such dense layer"
-        )
-      path, linear = layers[name]
-      try:
-        layer = QuantLinear(
-          linear.in_features,
-          linear.out_features,
-          use_bias=linear.use_bias,
-          dtype=dtype,
-          param_dtype=dtype,
-          spec=spec,
-          rngs=nnx.Rngs(0),
-        )
-      except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-      parent: Any = model
-      for segment in path[:-1]:
-        parent = parent[segment] if isinstance(segment, int) else getattr(parent, segment)
-      setattr(parent, path[-1], layer)
-    return model
-
-  return nnx.eval_shape(build)
+def abstract_decoder(config: ModelConfig, dtype: DTypeLike) -> Decoder:
+  """A float Decoder of shapes without values."""
+  return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]]:
@@ -102,27 +68,29 @@ def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]
 def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dtype: DTypeLike, device) -> Decoder:
   """The abstract `model` with every parameter read from the checkpoint, one layer at a time.
 
-  A dense weight is stored [out, in] and becomes a kernel [in, out]; scales keep their dtype.
-  Names and shapes of all tensors are checked before the first is read.
+  The layers in `quantized` become QuantLinear layers; their scales keep their dtype. A dense weight is stored [out, in]
+  and becomes a kernel [in, out]. Names and shapes of all tensors are checked before the first is read.
 
   Raises:
     CheckpointError: a tensor is missing, unexpected, of the wrong shape or dtype, or holds NaN or infinite values.
     NotImplementedError: a quantized layer is none that a QuantLinear can be.
   """
   check_names_and_shapes(model, checkpoint, quantized)
-  layers = dict(nnx.iter_modules(model))
+  layers = dense_layers(model)
+  for name in quantized:
+    path, linear = layers[name]
+    packed = quantized.read(name, linear.in_features, linear.out_features, device)
+    parent: Any = model
+    for segment in path[:-1]:
+      parent = parent[segment] if isinstance(segment, int) else getattr(parent, segment)
+    setattr(parent, path[-1], QuantLinear.from_packed(packed, linear.bias, dtype=dtype))
   graphdef, state = nnx.split(model)
-  filled, packed = [], {}
+  filled = []
   for path, variable in nnx.to_flat_state(state):
-    layer, leaf = layers[path[:-1]], path[-1]
-    if isinstance(layer, QuantLinear) and leaf in ("qweight", "scales"):
-      if path[:-1] not in packed:  # both come from one reading
-        k, n = layer.in_features, layer.out_features
-        packed = {path[:-1]: quantized.read(tensor_name(path[:-1]), k, n, device)}
-      array = getattr(packed[path[:-1]], leaf)
-    else:
+    if not isinstance(variable, QuantParam):
       array = read_float(checkpoint, tensor_name(path), dtype, device)
-    filled.append((path, variable.replace(array.T if leaf == "kernel" else array)))
+      variable = variable.replace(array.T if path[-1] == "kernel" else array)
+    filled.append((path, variable))
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -132,14 +100,19 @@ def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint, quantized: Qu
   Raises:
     CheckpointError: a tensor is missing, unexpected or of another shape.
   """
+  layers = dense_layers(model)
   expected = {}
-  layers = dict(nnx.iter_modules(model))
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    layer, name, shape = layers[path[:-1]], tensor_name(path), tuple(variable.shape)
-    if isinstance(layer, QuantLinear) and path[-1] in ("qweight", "scales"):
-      expected |= quantized.shapes(tensor_name(path[:-1]), layer.in_features, layer.out_features)
+    name, shape = tensor_name(path), tuple(variable.shape)
+    if path[-1] == "kernel" and tensor_name(path[:-1]) in quantized:
+      expected |= _quantized_shapes(tensor_name(path[:-1]), *shape, checkpoint, quantized)
     else:
       expected[name] = shape[::-1] if path[-1] == "kernel" else shape
+  for name in quantized:
+    if name not in layers:
+      raise CheckpointError(
+        f"{checkpoint.folder}: {name} is quantized, but {model.config.architecture} has no such dense layer"
+      )
   for name, shape in expected.items():
     if name not in checkpoint:
       raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {shape} is missing")
@@ -159,3 +132,11 @@ def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint, quantized: Qu
     if name.removesuffix(".bias") in quantized and not checkpoint[name].any():
       continue  # AutoGPTQ gives every layer a bias, of zeros where the model has none
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} of shape {checkpoint.shape(name)} is unexpected")
+
+
+def _quantized_shapes(name: str, k: int, n: int, checkpoint: Checkpoint, quantized: QuantizedLayers):
+  try:
+    quantized[name].groups(k)
+  except ValueError as error:
+    raise CheckpointError(f"{checkpoint.folder}: layer {name}: {error}") from None
+  return quantized.shapes(name, k, n)

@@ -11,7 +11,9 @@ from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.quantized import GROUP_SIZES, PackedTensor, QuantSpec
+from marlin_jax.quantized import PackedTensor, QuantSpec
+
+GROUP_SIZES = (32, 64, 128, None)
 
 
 class QuantizedLayers(Mapping[str, QuantSpec]):

@@ -36,7 +36,7 @@ def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16,
   hf, config = read_config(folder)
   checkpoint = Checkpoint(folder)
   quantized = quantized_layers(hf, checkpoint)
-  model = fill(abstract_decoder(config, dtype, quantized), checkpoint, quantized, dtype, device)
+  model = fill(abstract_decoder(config, dtype), checkpoint, quantized, dtype, device)
   if (folder / "tokenizer.json").exists():
     model.tokenizer = Tokenizer.from_folder(folder)
   return model

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as packed words and scales.
+"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as the fields of a PackedTensor.
 
-    float model                          quantized by this package
-    <layer>.weight   [N, K]              <layer>.qweight  int16 [N/64, K/64, 32, 32], kernel order (docs/layout.md)
-                                         <layer>.scales   float [G, N]
-    all other tensors                    the same names and values
-    config.json                          the same keys and "quantization_config"
+    float model                      quantized by this package
+    <layer>.weight   [N, K]          <layer>.qweight      int16 [N/64, K/64, 8 bits, 32], kernel order (docs/layout.md)
+                                     <layer>.scales       float [G, N]
+                                     <layer>.zeros        float [G, N], if it is not symmetric
+                                     <layer>.permutation  int32 [K], if it has act-order
+    all other tensors                the same names and values
+    config.json                      the same keys and "quantization_config"
 
-The layers that have a qweight are the quantized ones; quantization_config says how:
-{"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}, and, where single layers differ,
-"layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
+The layers that have a qweight are the quantized ones; quantization_config says how: {"quant_method": "marlin_jax",
+"format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "act_order": false}, and, where single layers
+differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
 """
 
 import dataclasses
@@ -35,13 +37,20 @@ from marlin_jax.checkpoint.huggingface import (
   read_config,
   tensor_name,
 )
-from marlin_jax.checkpoint.layers import QuantizedLayers, layers_with, not_covered, read_float, read_integers
+from marlin_jax.checkpoint.layers import (
+  QuantizedLayers,
+  layers_with,
+  not_covered,
+  read_float,
+  read_integers,
+  read_scales,
+)
 from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
-from marlin_jax.quantized import PackedTensor, QuantSpec
+from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
 from pallas_kernels import layout
 
 FORMAT_VERSION = 1
@@ -61,21 +70,43 @@ class NativeLayers(QuantizedLayers):
         f"{checkpoint.folder}: format_version {quantization.get('format_version')!r} is not supported, "
         f"only {FORMAT_VERSION} is"
       )
-    settings = {key: value for key, value in quantization.items() if key not in ("quant_method", "format_version")}
-    exceptions = settings.pop("layers", {})
+    common = {key: value for key, value in quantization.items() if key not in ("quant_method", "format_version")}
+    exceptions = common.pop("layers", {})
     try:
-      common = QuantSpec(**settings)
-      names = layers_with(checkpoint, "qweight")
-      super().__init__(checkpoint, {name: dataclasses.replace(common, **exceptions.get(name, {})) for name in names})
+      act_order = common.pop("act_order", False)
+      spec = QuantSpec(**common)
+      settings = {name: dict(exceptions.get(name, {})) for name in layers_with(checkpoint, "qweight")}
+      self._act_order = {name for name, setting in settings.items() if setting.pop("act_order", act_order)}
+      super().__init__(checkpoint, {name: dataclasses.replace(spec, **s) for name, s in settings.items()})
     except (TypeError, ValueError, AttributeError) as error:
       raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.qweight": layout.qweight_shape(k, n), f"{name}.scales": (self[name].groups(k), n)}
+    spec = self[name]
+    groups = spec.groups(k)
+    shapes = {"qweight": layout.qweight_shape(k, n, spec.bits), "scales": (groups, n)}
+    if not spec.symmetric:
+      shapes["zeros"] = (groups, n)
+    if name in self._act_order:
+      shapes["permutation"] = (k,)
+    return {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}
 
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
-    qweight = jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device)
-    return PackedTensor(qweight=qweight, scales=read_float(self.checkpoint, f"{name}.scales", None, device), k=k)
+    permutation = None
+    if name in self._act_order:
+      permutation = read_integers(self.checkpoint, f"{name}.permutation", np.int32)
+      if not np.array_equal(np.sort(permutation), np.arange(k)):
+        raise CheckpointError(
+          f"{self.checkpoint.folder}: tensor {name}.permutation must hold every number from 0 to {k - 1} once"
+        )
+      permutation = jax.device_put(permutation, device)
+    return PackedTensor(
+      qweight=jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
+      scales=read_scales(self.checkpoint, f"{name}.scales", device),
+      zeros=None if self[name].symmetric else read_float(self.checkpoint, f"{name}.zeros", None, device),
+      permutation=permutation,
+      k=k,
+    )
 
 
 def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> QuantizedLayers:
@@ -153,7 +184,7 @@ def quantize_checkpoint(
   Args:
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
-    spec: bits and group size.
+    spec: bits, group size and symmetry.
     predicate: (path, layer) -> whether to quantize a dense layer; the layers have shapes but no values.
     device: where the arithmetic is done; None is JAX's default device.
     max_shard_bytes: the size from which a new file is begun; about as much host memory is needed.
@@ -170,7 +201,7 @@ def quantize_checkpoint(
     raise CheckpointError(f"{checkpoint.folder} is quantized already, must be a float checkpoint")
   # The dtype of this model is never used: it stands for names and shapes.
   quantized = QuantizedLayers(checkpoint, {})
-  model = abstract_decoder(config, jnp.float32, quantized)
+  model = abstract_decoder(config, jnp.float32)
   check_names_and_shapes(model, checkpoint, quantized)
   chosen = {name: layer for name, (path, layer) in dense_layers(model).items() if predicate(path, layer)}
   for name, layer in chosen.items():
@@ -186,8 +217,9 @@ def quantize_checkpoint(
       layer_name, _, leaf = name.rpartition(".")
       if leaf == "weight" and layer_name in chosen:
         packed = quantize_and_pack(array.T, spec)
-        writer.add(f"{layer_name}.qweight", np.asarray(packed.qweight))
-        writer.add(f"{layer_name}.scales", np.asarray(packed.scales))
+        for field in PACKED_FIELDS:
+          if (part := getattr(packed, field)) is not None:
+            writer.add(f"{layer_name}.{field}", np.asarray(part))
       else:
         writer.add(name, np.asarray(array))
     writer.close()
@@ -198,24 +230,33 @@ def quantize_checkpoint(
 
 
 def _settings(spec: QuantSpec) -> dict[str, Any]:
-  return {
-    "quant_method": "marlin_jax",
-    "format_version": FORMAT_VERSION,
-    "bits": spec.bits,
-    "group_size": spec.group_size,
-  }
+  return (
+    {"quant_method": "marlin_jax", "format_version": FORMAT_VERSION} | dataclasses.asdict(spec) | {"act_order": False}
+  )
 
 
 def _quantization_config(layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
   """The settings that most layers share, and the layers that differ from them."""
-  groups = {name: layer.scales.shape[0] for name, layer in layers.items()}
-  sizes = {name: layer.in_features // groups[name] if groups[name] > 1 else None for name, layer in layers.items()}
-  # A layer of one group fits any group size equal to its K too, so it has no vote unless all layers are like it.
-  votes = Counter(size for size in sizes.values() if size is not None)
-  spec = QuantSpec(group_size=max(votes, key=votes.__getitem__, default=None))
+  packed = {name: layer.packed for name, layer in layers.items()}
+  settings = {
+    name: dict(
+      bits=w.bits,
+      group_size=w.group_size if w.scales.shape[0] > 1 else None,
+      symmetric=w.zeros is None,
+      act_order=w.permutation is not None,
+    )
+    for name, w in packed.items()
+  }
+  common = {}
+  for key in ("bits", "group_size", "symmetric", "act_order"):
+    # A layer of one group fits any group size equal to its K too, so it has no vote unless all layers are like it.
+    votes = Counter(setting[key] for setting in settings.values() if setting[key] is not None)
+    common[key] = max(votes, key=votes.__getitem__, default=None)
   exceptions = {}
-  for name, layer in layers.items():
-    expected = 1 if spec.group_size is None else layer.in_features / spec.group_size
-    if groups[name] != expected:
-      exceptions[name] = {"group_size": sizes[name]}
-  return _settings(spec) | ({"layers": exceptions} if exceptions else {})
+  for name, setting in settings.items():
+    if setting["group_size"] is None and common["group_size"] == packed[name].k:
+      setting["group_size"] = packed[name].k
+    if differing := {key: value for key, value in setting.items() if value != common[key]}:
+      exceptions[name] = differing
+  spec = QuantSpec(bits=common["bits"], group_size=common["group_size"], symmetric=common["symmetric"])
+  return _settings(spec) | {"act_order": common["act_order"]} | ({"layers": exceptions} if exceptions else {})

@@ -72,6 +72,17 @@ def test_dtype_and_group_size_are_honoured():
   assert layer.apply(variables, X).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(symmetric=False)], ids=["8 bits", "asymmetric"])
+def test_bits_and_zeros_travel_in_the_variables(trained, spec):
+  variables, _ = quantize_variables({"params": {"up": trained["params"]["up"]}}, spec)
+  quant, params = variables["quant"]["up"], variables["params"]["up"]
+  fresh = QuantDense(256, spec=spec).init(jax.random.key(0), X)
+  assert jax.tree.map(jnp.shape, fresh["quant"]) == jax.tree.map(jnp.shape, quant)
+  assert ("zeros" in quant) == (not spec.symmetric)
+  y = QuantDense(256).apply({"quant": quant, "params": params}, X)
+  np.testing.assert_array_equal(y, quant_matmul(X, PackedTensor(**quant, k=128), params["bias"]))
+
+
 def test_an_optimizer_of_params_does_not_see_the_weight(trained):
   variables, _ = quantize_variables(trained)
   state = optax.adam(0.1).init(variables["params"])

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import inspect
 
 import jax
@@ -46,6 +47,21 @@ def test_from_linear_takes_weight_bias_and_dtype_over():
 def test_scales_have_the_dtype_of_the_weight():
   linear = nnx.Linear(128, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert QuantLinear.from_linear(linear).scales[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(symmetric=False), QuantSpec(bits=8, symmetric=False)])
+def test_every_field_of_the_weight_is_held(spec):
+  linear = nnx.Linear(128, 48, rngs=nnx.Rngs(0))
+  layer = QuantLinear.from_linear(linear, spec)
+  assert layer.packed.bits == spec.bits and (layer.zeros is None) == spec.symmetric and layer.permutation is None
+  acting = QuantLinear.from_packed(
+    dataclasses.replace(layer.packed, permutation=jnp.arange(128, dtype=jnp.int32)[::-1])
+  )
+  np.testing.assert_allclose(acting(X[:, ::-1]), layer(X), rtol=1e-5, atol=1e-6)
+  graphdef, state = nnx.split(acting)
+  np.testing.assert_array_equal(nnx.merge(graphdef, state)(X), acting(X))
+  want = X @ linear.kernel[...]
+  assert float(jnp.linalg.norm(layer(X) - want) / jnp.linalg.norm(want)) < (0.12 if spec.bits == 4 else 0.008)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, -jnp.inf])

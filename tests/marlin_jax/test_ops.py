@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,15 @@ def test_leading_dimensions_are_rows(rng, packed, batch):
   y = quant_matmul(x, packed)
   assert y.shape == (*batch, 96) and y.dtype == x.dtype
   np.testing.assert_array_equal(y.reshape(-1, 96), matmul(x.reshape(-1, 128), packed.qweight, packed.scales))
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, False), (8, True), (8, False)])
+def test_zeros_bits_and_permutation_reach_the_product(rng, bits, symmetric):
+  tensor = quantize_rtn(jnp.asarray(rng.normal(size=(128, 96)), jnp.float32), QuantSpec(bits=bits, symmetric=symmetric))
+  order = jnp.asarray(rng.permutation(128), jnp.int32)
+  x = jnp.asarray(rng.normal(size=(2, 3, 128)), jnp.float32)
+  for w in (tensor, dataclasses.replace(tensor, permutation=order)):
+    np.testing.assert_allclose(quant_matmul(x, pack(w)), x @ w.dequantize(), rtol=1e-5, atol=1e-5)
 
 
 def test_bias_is_added_in_the_dtype_of_x(rng, packed):

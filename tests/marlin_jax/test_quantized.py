@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from marlin_jax import PackedTensor, QuantizedTensor, QuantSpec, pack
 
-CODES = jnp.zeros((128, 64), jnp.int8)
+CODES = jnp.zeros((128, 64), jnp.uint8)
 WORDS = jnp.zeros((1, 2, 32, 32), jnp.int16)
 
 
@@ -19,8 +21,9 @@ def test_spec_counts_groups(group_size, groups):
   "change, error, message",
   [
     (dict(bits=3), NotImplementedError, "bits=3 is not implemented"),
-    (dict(group_size=-1), ValueError, "group_size=-1 must be one of"),
-    (dict(group_size=48), ValueError, "group_size=48 must be one of"),
+    (dict(group_size=-1), ValueError, "group_size=-1 must be a positive multiple of 16"),
+    (dict(group_size=8), ValueError, "group_size=8 must be a positive multiple of 16"),
+    (dict(group_size=40), ValueError, "group_size=40 must be a positive multiple of 16"),
   ],
 )
 def test_spec_refuses_what_it_does_not_know(change, error, message):
@@ -33,10 +36,25 @@ def test_spec_refuses_a_k_that_groups_do_not_divide():
     QuantSpec(group_size=64).groups(96)
 
 
-def test_dequantize_is_scale_times_code_minus_eight(rng):
-  codes, scales = rng.integers(0, 16, (64, 5)).astype(np.int8), rng.normal(size=(2, 5)).astype(np.float32)
-  w = QuantizedTensor(codes=jnp.asarray(codes), scales=jnp.asarray(scales)).dequantize()
-  np.testing.assert_array_equal(w, (codes.astype(np.float32) - 8) * np.repeat(scales, 32, axis=0))
+@pytest.mark.parametrize("bits, middle", [(4, 8), (8, 128)])
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("with_permutation", [False, True])
+def test_dequantize_is_scale_times_code_minus_zero(rng, bits, middle, with_zeros, with_permutation):
+  codes, scales = rng.integers(0, 2**bits, (64, 5)).astype(np.uint8), rng.normal(size=(2, 5)).astype(np.float32)
+  zeros = rng.uniform(0, 2**bits, (2, 5)).astype(np.float32) if with_zeros else None
+  order = rng.permutation(64).astype(np.int32) if with_permutation else None
+  tensor = QuantizedTensor(
+    codes=jnp.asarray(codes),
+    scales=jnp.asarray(scales),
+    zeros=None if zeros is None else jnp.asarray(zeros),
+    permutation=None if order is None else jnp.asarray(order),
+    bits=bits,
+  )
+  want = np.zeros((64, 5), np.float32)
+  for k in range(64):
+    zero = np.float32(middle) if zeros is None else zeros[k // 32]
+    want[k if order is None else order[k]] = scales[k // 32] * (codes[k].astype(np.float32) - zero)
+  np.testing.assert_array_equal(tensor.dequantize(), want)
 
 
 # Under pytest the annotations of the fields are checked first; these are what users see, who run without that.
@@ -47,6 +65,12 @@ def test_dequantize_is_scale_times_code_minus_eight(rng):
     (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 63)))),
     (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((3, 64)))),
     (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64), jnp.int32))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64)), bits=3)),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64)), zeros=jnp.ones((1, 64), jnp.int32))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64)), zeros=jnp.ones((2, 64)))),
+    (QuantizedTensor, dict(codes=CODES, scales=jnp.ones((1, 64)), permutation=jnp.arange(64))),
+    (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 64)), permutation=jnp.arange(128.0), k=128)),
+    (PackedTensor, dict(qweight=jnp.zeros((1, 2, 48, 32), jnp.int16), scales=jnp.ones((1, 64)), k=128)),
     (PackedTensor, dict(qweight=WORDS.astype(jnp.int32), scales=jnp.ones((1, 64)), k=128)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 65)), k=128)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 64)), k=129)),
@@ -60,7 +84,8 @@ def test_wrong_fields_are_refused(kind, fields):
 
 def _unchecked(kind, fields):
   self = object.__new__(kind)
-  for name, value in fields.items():
+  defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+  for name, value in (defaults | fields).items():
     object.__setattr__(self, name, value)
   return self
 
@@ -78,6 +103,20 @@ def test_tensors_are_frozen_pytrees_that_jit_and_tree_map_rebuild():
   assert stacked.qweight.shape == (2, 1, 2, 32, 32)
   with pytest.raises(AttributeError):
     packed.k = 64
+
+
+def test_zeros_and_permutation_are_leaves_too():
+  zeros, order = jnp.full((2, 64), 7.0), jnp.arange(128, dtype=jnp.int32)[::-1]
+  tensor = QuantizedTensor(codes=CODES, scales=jnp.ones((2, 64)), zeros=zeros, permutation=order, bits=8)
+  packed = jax.jit(pack)(tensor)
+  assert packed.bits == 8 and packed.qweight.shape == (1, 2, 64, 32)
+  assert [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed)] == [
+    ".qweight",
+    ".scales",
+    ".zeros",
+    ".permutation",
+  ]
+  assert packed.nbytes == 128 * 64 + 2 * 4 * 2 * 64 + 4 * 128
 
 
 def test_bytes_are_half_a_byte_a_weight_and_the_scales():

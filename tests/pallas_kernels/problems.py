@@ -16,7 +16,7 @@ def scales_of(rng, groups: int, n: int, dtype):
 def random(rng, m: int, k: int, n: int, groups: int, dtype):
   """x, codes, scales: every code from 0 to 15 is as likely as every other."""
   x = jnp.asarray(rng.normal(size=(m, k)), dtype)
-  codes = jnp.asarray(rng.integers(0, 16, (k, n)), jnp.int8)
+  codes = jnp.asarray(rng.integers(0, 16, (k, n)), jnp.uint8)
   return x, codes, scales_of(rng, groups, n, dtype)
 
 
@@ -36,7 +36,7 @@ def cancel(rng, m: int, k: int, n: int, groups: int, dtype):
   x = np.concatenate([np.full((m, k // 2), 64.0), np.full((m, k // 2), -64.0)], axis=1)
   for row in range(m):
     x[row, rng.choice(np.arange(k // 2, k), 16, replace=False)] += 1
-  return jnp.asarray(x, dtype), jnp.asarray(np.concatenate([half, half]), jnp.int8), jnp.asarray(scales, dtype)
+  return jnp.asarray(x, dtype), jnp.asarray(np.concatenate([half, half]), jnp.uint8), jnp.asarray(scales, dtype)
 
 
 def expected(x, codes, scales, *, weight_dtype=np.float64) -> np.ndarray:

@@ -15,6 +15,11 @@ def test_limit_of_a_small_batch_is_reading_the_weights():
   assert problem.time_limit(H200) == pytest.approx(27.8e-6, rel=0.01)
 
 
+def test_eight_bits_and_zero_points_are_read_too():
+  problem = MatmulProblem(m=16, n=28672, k=8192, group_size=128, dtype=BF16, bits=8, zeros=True)
+  assert problem.bytes == 28672 * 8192 * (8 + 2 * 16 / 128) / 8 + 2 * 16 * (28672 + 8192)
+
+
 def test_limit_of_a_large_batch_is_arithmetic():
   problem = MatmulProblem(m=4096, n=28672, k=8192, group_size=128, dtype=BF16)
   assert problem.time_limit(H200) == pytest.approx(2 * 4096 * 28672 * 8192 / 782e12)
@@ -26,6 +31,7 @@ def test_limit_of_a_large_batch_is_arithmetic():
     (dict(m=-1), "m=-1.*at least 0"),
     (dict(n=0), "n=0.*at least 1"),
     (dict(group_size=48), "group_size=48 must divide k=128"),
+    (dict(bits=3), "bits=3 must be 4 or 8"),
     (dict(dtype=jnp.dtype(jnp.int32)), "dtype=int32 must be a floating point type"),
   ],
 )

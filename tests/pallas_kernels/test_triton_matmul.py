@@ -79,7 +79,7 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
 def test_partial_sums_are_float32(rng):
   # Unscaled partial sums of 512 products 15 * 8000 are past the range of fp16; the result is not.
   x = jnp.concatenate([jnp.full((1, 512), 8000), jnp.full((1, 512), -8000)], 1).astype(jnp.float16)
-  codes, scales = jnp.full((1024, 64), 15, jnp.int8), jnp.ones((8, 64), jnp.float16)
+  codes, scales = jnp.full((1024, 64), 15, jnp.uint8), jnp.ones((8, 64), jnp.float16)
   for split_k in (1, 2):
     config = dataclasses.replace(CONFIG, split_k=split_k)
     y = matmul_triton(x.at[0, 0].add(8), problems.packed(codes), scales, config=config, interpret=True)

@@ -71,8 +71,17 @@ def escape_by_link(folder: Path):
   (folder / LAST_SHARD).symlink_to(folder.parent / "elsewhere.safetensors")
 
 
+def both(*changes):
+  def apply(folder: Path):
+    for change in changes:
+      change(folder)
+
+  return apply
+
+
 def quantization(**changes):
   settings = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 64}
+  settings |= {"symmetric": True, "act_order": False}
   return change_json("config.json", quantization_config=settings | changes)
 
 
@@ -183,9 +192,27 @@ BROKEN_QUANTIZED = {
   "scales with NaN": (replace_value("s", np.nan), "up_proj.scales has NaN or infinite values"),
   "an unknown quantized layer": (
     change_tensors(lambda tensors: tensors.update({"model.x.qweight": tensors["q"]})),
-    "model.x is quantized in the checkpoint, but LlamaForCausalLM has no such dense layer",
+    "model.x is quantized, but LlamaForCausalLM has no such dense layer",
   ),
-  "group size that is none": (quantization(group_size=48), "quantization_config: group_size=48 must be one of"),
+  "group size that is none": (quantization(group_size=40), "quantization_config: group_size=40 must be a pos"),
+  "zero points missing": (
+    quantization(symmetric=False),
+    re.escape("k_proj.zeros of shape (2, 64) is missing"),
+  ),
+  "permutation missing": (quantization(act_order=True), re.escape("k_proj.permutation of shape (128,) is missing")),
+  "a permutation that is none": (
+    both(
+      quantization(layers={"model.layers.0.mlp.up_proj": {"act_order": True}}),
+      change_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.permutation": np.zeros(128, np.int32)})),
+    ),
+    "up_proj.permutation must hold every number from 0 to 127 once",
+  ),
+  "8 bits in words of 4": (
+    quantization(bits=8),
+    re.escape("qweight has shape (1, 2, 32, 32), must have (1, 2, 64, 32)"),
+  ),
+  "scale of zero": (replace_value("s", 0), "up_proj.scales has zeros, scales must not be zero"),
+  "group size that is text": (quantization(group_size="64"), "quantization_config: "),
   "unknown setting": (quantization(zero_points=True), "quantization_config: .*zero_points"),
   "exceptions that are none": (quantization(layers=[1]), "quantization_config: "),
   "quantization_config is no object": (

@@ -70,7 +70,10 @@ def test_saved_in_our_format_it_is_the_same_model(folder, tmp_path):
   model = load_model(folder)
   save_model(model, tmp_path / "saved")
   settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-  assert settings == {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
+  assert settings == {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128} | {
+    "symmetric": True,
+    "act_order": False,
+  }
   a, b = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, load_model(tmp_path / "saved")))
   assert a.keys() == b.keys()
   for path, variable in a.items():
@@ -111,7 +114,7 @@ def marlin_scales(scales: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_decoders_undo_the_specified_layouts(rng, groups):
-  codes = rng.integers(0, 16, (256, 512)).astype(np.int8)
+  codes = rng.integers(0, 16, (256, 512)).astype(np.uint8)
   scales = rng.standard_normal((groups, 512)).astype(np.float16)
   for decoded in (
     gptq.decode(jnp.asarray(words_along(0, codes)), jnp.asarray(scales)),

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import os
 import shutil
@@ -82,6 +83,7 @@ def test_format_and_files(tmp_path):
   assert "model.layers.0.mlp.down_proj.weight" not in tensors and "lm_head.weight" in tensors
   source, config = (json.loads((f / "config.json").read_text()) for f in (DATA / "llama-bf16", tmp_path / "out"))
   expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": None}
+  expected |= {"symmetric": True, "act_order": False}
   assert config == source | {"quantization_config": expected}
   for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
     assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()
@@ -106,12 +108,34 @@ def test_layers_of_different_group_sizes_are_told_apart(tmp_path):
   assert_same_state(model, again)
 
 
+def test_bits_zeros_and_act_order_of_single_layers_come_back(tmp_path):
+  model = load_model(DATA / "llama-bf16")
+  quantize(model, bits=8, predicate=lambda path, layer: path[-1] == "q_proj", progress=False)
+  quantize(model, symmetric=False, predicate=lambda path, layer: path[-1] == "v_proj", progress=False)
+  quantize(model, predicate=lambda path, layer: path[-1] in ("o_proj", "up_proj", "down_proj"), progress=False)
+  mlp = model.layers[1].mlp
+  order = jnp.asarray(np.random.default_rng(0).permutation(256), jnp.int32)
+  mlp.up_proj = QuantLinear.from_packed(dataclasses.replace(mlp.up_proj.packed, permutation=order), dtype=jnp.bfloat16)
+  save_model(model, tmp_path / "saved")
+  settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+  assert settings["layers"] == {
+    "model.layers.1.mlp.up_proj": {"act_order": True},
+    **{f"model.layers.{i}.self_attn.q_proj": {"bits": 8} for i in range(2)},
+    **{f"model.layers.{i}.self_attn.v_proj": {"symmetric": False} for i in range(2)},
+  }
+  again = load_model(tmp_path / "saved")
+  assert isinstance(again.layers[0].attention.k_proj, nnx.Linear)
+  assert_same_state(model, again)
+  np.testing.assert_array_equal(forward(model, TOKENS), forward(again, TOKENS))
+
+
 def test_a_column_that_is_one_group_of_the_common_size_is_no_exception(tmp_path):
   # K is 128 everywhere but in down_proj, so most layers have one group of 128.
   quantize_checkpoint(TIED, tmp_path / "streamed", progress=False)
   save_model(load_model(tmp_path / "streamed"), tmp_path / "saved")
   settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-  assert settings == {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
+  expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
+  assert settings == expected | {"symmetric": True, "act_order": False}
   assert_same_tensors(tmp_path / "streamed", tmp_path / "saved")
 
 

@@ -49,6 +49,33 @@ def test_smaller_groups_err_less_and_each_group_is_on_its_own(rng, group_size):
     assert squared_error(w, tensor) <= squared_error(w, quantize_rtn(w, QuantSpec(group_size=None)))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_err_some_sixteen_times_less_than_four(rng, symmetric):
+  w = jnp.asarray(rng.normal(size=(512, 32)), jnp.float32)
+  errors = [squared_error(w, quantize_rtn(w, QuantSpec(bits=bits, symmetric=symmetric))) for bits in (4, 8)]
+  assert 150 < errors[0] / errors[1] < 300
+
+
+def test_zero_points_pay_where_weights_lie_on_one_side(rng):
+  w = jnp.asarray(rng.uniform(0.5, 1.0, (256, 32)), jnp.float32) + jnp.asarray(rng.normal(size=(256, 32)), jnp.float32)
+  symmetric, asymmetric = (quantize_rtn(w, QuantSpec(symmetric=s)) for s in (True, False))
+  assert squared_error(w, asymmetric) < 0.8 * squared_error(w, symmetric)
+  zeros = np.asarray(asymmetric.zeros)
+  assert (
+    asymmetric.zeros.dtype == w.dtype and (zeros == np.round(zeros)).all() and 0 <= zeros.min() <= zeros.max() <= 15
+  )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_a_step_is_the_largest_error_without_clipping(rng, bits, symmetric):
+  w = jnp.asarray(rng.uniform(-1, 1, (128, 16)), jnp.float32)
+  tensor = quantize_rtn(w, QuantSpec(bits=bits, symmetric=symmetric))
+  error = np.abs(np.asarray(w - tensor.dequantize())) / np.abs(np.asarray(tensor.scales))
+  inside = (np.asarray(tensor.codes) > 0) & (np.asarray(tensor.codes) < 2**bits - 1)
+  assert inside.mean() > 0.8 and error[inside].max() <= 0.501
+
+
 def test_a_group_of_zeros_has_scale_one_and_stays_zero():
   w = jnp.zeros((128, 3), jnp.bfloat16).at[:, 1].set(1)
   tensor = quantize_rtn(w, QuantSpec())
