@@ -13,7 +13,7 @@ from marlin_jax.bench.layers import SHAPES as LAYERS
 from marlin_jax.bench.matmul import BATCHES, bench_matmul
 from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
 from marlin_jax.bench.model import bench_model
-from marlin_jax.bench.plot import plot_matmul
+from marlin_jax.bench.plot import FIGURES, plot_matmul
 from marlin_jax.bench.shapes import SHAPES as MODELS
 from marlin_jax.bench.shapes import read_shape
 from marlin_jax.bench.tune import tune
@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
   plot = bench.add_parser("plot", help="draw the table of `bench matmul`")
   plot.add_argument("table", type=Path)
   plot.add_argument("image", type=Path)
-  plot.set_defaults(run=lambda arguments: plot_matmul(arguments.table, arguments.image))
+  plot.add_argument("--kind", choices=tuple(FIGURES), default="speedup")
+  plot.set_defaults(run=lambda arguments: plot_matmul(arguments.table, arguments.image, arguments.kind))
   return parser
 
 

@@ -1,43 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`marlin-jax bench plot`: the table of `bench matmul` as a picture, speed-up over bfloat16 against batch size."""
+"""`marlin-jax bench plot`: the table of `bench matmul` as a picture, a panel for every shape."""
 
 import csv
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import MatmulProblem
+
+Row = dict[str, str]
+_NAMES = {"xla_int4": "4 bits, XLA's own"}
 
 
-def plot_matmul(table: Path, image: Path) -> None:
-  """Draws a panel a shape: the measured speed-up, and the one that the hardware's limits would allow.
-
-  Args:
-    table: the CSV of `bench matmul`.
-    image: the PNG to write.
-  """
+def plot_matmul(table: Path, image: Path, kind: str = "speedup") -> None:
+  """Draws the CSV of `bench matmul` into the PNG `image`; `kind` is a name of FIGURES."""
   import matplotlib  # a large package, of use only here
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  shapes = defaultdict(list)
-  with table.open(newline="") as file:
-    for row in csv.DictReader(file):
-      shapes[int(row["k"]), int(row["n"])].append(row)
-  figure, panels = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 2.8), sharey=True, squeeze=False)
-  for panel, ((k, n), rows) in zip(panels[0], shapes.items(), strict=True):
-    batches = sorted({int(row["m"]) for row in rows})
-    limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in rows}
-    panel.plot(batches, [limits[m] for m in batches], "--", color="gray", label="limit")
-    for name in dict.fromkeys(row["implementation"] for row in rows):
-      line = [(int(row["m"]), float(row["speedup"])) for row in rows if row["implementation"] == name]
-      panel.plot(*zip(*line, strict=True), "o-", markersize=3, label=f"4 bits, {name}")
-    panel.axhline(1, color="black", linewidth=0.8, label="bfloat16 (XLA)")
-    panel.set(xscale="log", title=f"K={k} N={n}", xlabel="batch", xticks=batches[::2], xticklabels=batches[::2])
-    panel.minorticks_off()
-    panel.set_ylim(0, 6)
-  panels[0][0].set_ylabel("speed-up over bfloat16")
-  panels[0][0].legend(frameon=False, fontsize=8)
-  device, date, version = (rows[0][name] for name in ("device", "date", "jax_version"))
-  figure.suptitle(f"4-bit matmul, groups of 128, {device}, JAX {version}, {date}", fontsize=9)
-  figure.tight_layout()
+  figure = FIGURES[kind](read_rows(table))
   image.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(image, dpi=110)
+  plt.close(figure)
+
+
+def read_rows(table: Path) -> list[Row]:
+  """The rows of the CSV of `bench matmul`."""
+  with table.open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def speedup_figure(rows: Sequence[Row]) -> Any:
+  """Speed-up over bfloat16 against batch size: what was measured, and what the hardware's limits would allow."""
+
+  def draw(panel: Any, shape_rows: Sequence[Row]) -> None:
+    batches = sorted({int(row["m"]) for row in shape_rows})
+    limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in shape_rows}
+    panel.plot(batches, [limits[m] for m in batches], "--", color="gray", label="limit")
+    for name, of_name in _by("implementation", shape_rows).items():
+      line = [(int(row["m"]), float(row["speedup"])) for row in of_name]
+      panel.plot(*zip(*line, strict=True), "o-", markersize=3, label=_NAMES.get(name, f"4 bits, {name}"))
+    panel.axhline(1, color="black", linewidth=0.8, label="bfloat16 (XLA)")
+    panel.set(xscale="log", xlabel="batch", xticks=batches[::2], xticklabels=batches[::2], ylim=(0, 6))
+    panel.minorticks_off()
+
+  return _figure(rows, draw, "speed-up over bfloat16")
+
+
+def roofline_figure(rows: Sequence[Row]) -> Any:
+  """Arithmetic done a second against arithmetic a byte moved, under the roof that was measured in the same run.
+
+  A product with 4-bit weights does nearly four times the arithmetic a byte that the bfloat16 one does, so it lies
+  further right: higher up the slope, or under the flat part of the roof, where fewer bytes gain nothing.
+  """
+  problems = [_problem(row) for row in rows]
+  limits = [float(row["limit_us"]) / 1e6 for row in rows]
+  bandwidth = max(problem.bytes / limit for problem, limit in zip(problems, limits, strict=True))
+  peak = max(problem.flops / limit for problem, limit in zip(problems, limits, strict=True))
+
+  def draw(panel: Any, shape_rows: Sequence[Row]) -> None:
+    intensities = [1, peak / bandwidth, 8192]
+    panel.plot(intensities, [min(peak, bandwidth * i) / 1e12 for i in intensities], color="gray", label="roof")
+    for name, of_name in _by("implementation", shape_rows).items():
+      points = [(p.flops / p.bytes, p.flops / float(row["time_us"]) / 1e6) for row in of_name for p in [_problem(row)]]
+      panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=_NAMES.get(name, f"4 bits, {name}"))
+    dense = {int(row["m"]): (_problem(row), float(row["bf16_us"])) for row in shape_rows}
+    points = [(p.flops / (2 * (p.k * p.n + p.m * (p.k + p.n))), p.flops / time / 1e6) for p, time in dense.values()]
+    panel.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, label="bfloat16 (XLA)")
+    panel.set(xscale="log", yscale="log", xlabel="FLOP a byte")
+
+  return _figure(rows, draw, "TFLOP/s")
+
+
+FIGURES = {"speedup": speedup_figure, "roofline": roofline_figure}
+
+
+def _figure(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row]], None], ylabel: str) -> Any:
+  import matplotlib.pyplot as plt
+
+  shapes: dict[tuple[int, int], list[Row]] = defaultdict(list)
+  for row in rows:
+    shapes[int(row["k"]), int(row["n"])].append(row)
+  figure, panels = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 2.8), sharey=True, squeeze=False)
+  for panel, ((k, n), shape_rows) in zip(panels[0], shapes.items(), strict=True):
+    draw(panel, shape_rows)
+    panel.set_title(f"K={k} N={n}")
+  panels[0][0].set_ylabel(ylabel)
+  panels[0][0].legend(frameon=False, fontsize=7)
+  device, date, version = (rows[0][name] for name in ("device", "date", "jax_version"))
+  figure.suptitle(f"4-bit matmul, groups of {rows[0]['group_size']}, {device}, JAX {version}, {date}", fontsize=9)
+  figure.tight_layout()
+  return figure
+
+
+def _by(column: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+  groups: dict[str, list[Row]] = defaultdict(list)
+  for row in rows:
+    groups[row[column]].append(row)
+  return groups
+
+
+def _problem(row: Row) -> MatmulProblem:
+  sizes = {name: int(row[name]) for name in ("m", "n", "k", "group_size")}
+  return MatmulProblem(**sizes, dtype=jnp.dtype(row["dtype"]))

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from marlin_jax.bench import matmul as bench
 from marlin_jax.bench import operands
 from marlin_jax.bench.matmul import bench_matmul
-from marlin_jax.bench.plot import plot_matmul
+from marlin_jax.bench.plot import FIGURES, plot_matmul, read_rows, roofline_figure
 from marlin_jax.bench.timing import copies_for_cold_l2
 from pallas_kernels import Device, MatmulProblem
 from pallas_kernels.reference import matmul_reference
@@ -28,31 +30,34 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_table_becomes_a_picture(tmp_path):
-  rows = [
-    dict(
-      k=k,
-      n=4096,
-      m=m,
-      implementation=name,
-      time_us=time,
-      limit_us=2,
-      bf16_us=12,
-      speedup=12 / time,
-      device="GPU",
-      jax_version="0.11",
-      date="2026-11-22",
-    )
-    for k in (4096, 8192)
-    for m in (1, 16)
-    for name, time in (("hopper", 4), ("triton", 6))
-  ]
-  with (tmp_path / "table.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+@pytest.fixture
+def h200_rows():
+  return read_rows(pathlib.Path(__file__).parents[3] / "docs" / "results" / "nvidia_h200" / "matmul.csv")
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_the_table_becomes_a_picture(kind, h200_rows, tmp_path):
+  table = tmp_path / "table.csv"
+  with table.open("w", newline="") as file:
+    writer = csv.DictWriter(file, fieldnames=list(h200_rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
-  plot_matmul(tmp_path / "table.csv", tmp_path / "plots" / "speedup.png")
-  assert (tmp_path / "plots" / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    writer.writerows(h200_rows)
+  plot_matmul(table, tmp_path / "plots" / "picture.png", kind)
+  assert (tmp_path / "plots" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_roof_is_that_of_the_run(h200_rows):
+  figure = roofline_figure(h200_rows)
+  panel = figure.axes[0]
+  lines = {line.get_label(): line.get_xydata() for line in panel.get_lines()}
+  (_, slope), (ridge, peak), (_, flat) = lines.pop("roof")
+  assert 4.0 < slope < 4.8 and 700 < peak < 850 and flat == peak and ridge == pytest.approx(peak / slope)
+  # At the same batch size 4 bits do nearly four times the arithmetic a byte, and nothing is above the roof.
+  hopper, bf16 = lines["4 bits, hopper"], lines["bfloat16 (XLA)"]
+  assert hopper[0, 0] / bf16[0, 0] == pytest.approx(3.87, abs=0.05)
+  for points in lines.values():
+    assert (points[:, 1] < 1.05 * np.minimum(peak, slope * points[:, 0])).all()
+  plt.close(figure)
 
 
 @pytest.mark.gpu
