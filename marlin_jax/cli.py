@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
   _add_shapes(tune)
   tune.add_argument("--batches", type=int, nargs="+", default=(1, 8, 16, 32, 64, 128), metavar="M")
   tune.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  tune.add_argument("--bits", type=int, choices=(4, 8), default=4)
+  tune.add_argument("--zeros", action="store_true", help="weights with zero points")
   tune.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
   tune.add_argument("--implementations", choices=tuple(CONFIGS), nargs="+", default=tuple(CONFIGS))
   tune.add_argument("--candidates", type=int, metavar="COUNT", help="at most, for a problem (default: all)")
@@ -122,7 +124,15 @@ def _shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 
 def _tune(arguments: argparse.Namespace) -> None:
   problems = [
-    MatmulProblem(m=m, n=n, k=k, group_size=arguments.group_size or k, dtype=jnp.dtype(arguments.dtype))
+    MatmulProblem(
+      m=m,
+      n=n,
+      k=k,
+      group_size=arguments.group_size or k,
+      dtype=jnp.dtype(arguments.dtype),
+      bits=arguments.bits,
+      zeros=arguments.zeros,
+    )
     for k, n in _shapes(arguments)
     for m in arguments.batches
   ]

@@ -86,7 +86,7 @@ class TunedTable:
   def find(self, implementation: str, problem: MatmulProblem) -> TunedRow | None:
     """The row of exactly this problem's sizes and of its batch size's bucket."""
     p = problem
-    return self.by_key.get((implementation, m_bucket(p.m), p.k, p.n, p.group_size, 4, False, p.dtype.name))
+    return self.by_key.get((implementation, m_bucket(p.m), p.k, p.n, p.group_size, p.bits, p.zeros, p.dtype.name))
 
 
 def m_bucket(m: int) -> int:

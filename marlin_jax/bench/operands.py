@@ -17,14 +17,20 @@ _MAX_OUTLIER = 2.0**-4
 
 
 def random_weights(problem: MatmulProblem) -> list[tuple[Array, ...]]:
-  """(qweight, scales) as often as it takes to be cold in L2; every code is as likely as every other."""
+  """(qweight, scales), and zeros if the problem has them, as often as it takes to be cold in L2.
+
+  Every code is as likely as every other, and so is every integer zero point.
+  """
   p = problem
   weights = []
-  for i in range(copies_for_cold_l2(p.k * p.n // 2)):
-    codes, sizes = jax.random.split(jax.random.key(i))
-    qweight = jax.lax.bitcast_convert_type(jax.random.bits(codes, qweight_shape(p.k, p.n), jnp.uint16), jnp.int16)
-    scales = jax.random.uniform(sizes, (p.k // p.group_size, p.n), jnp.float32, 0.005, 0.02).astype(p.dtype)
-    weights.append((qweight, scales))
+  for i in range(copies_for_cold_l2(p.k * p.n * p.bits // 8)):
+    codes, sizes, points = jax.random.split(jax.random.key(i), 3)
+    shape = (p.k // p.group_size, p.n)
+    words = jax.random.bits(codes, qweight_shape(p.k, p.n, p.bits), jnp.uint16)
+    qweight = jax.lax.bitcast_convert_type(words, jnp.int16)
+    scales = jax.random.uniform(sizes, shape, jnp.float32, 0.005, 0.02).astype(p.dtype)
+    zeros = (jax.random.randint(points, shape, 0, 2**p.bits).astype(p.dtype),) if p.zeros else ()
+    weights.append((qweight, scales, *zeros))
   return weights
 
 

@@ -128,7 +128,17 @@ def test_batch_sizes_share_a_bucket(m, bucket):
 
 
 @pytest.mark.parametrize(
-  "change", [dict(m=8), dict(m=17), dict(n=320), dict(k=2048), dict(group_size=64), dict(dtype=jnp.dtype(jnp.float16))]
+  "change",
+  [
+    dict(m=8),
+    dict(m=17),
+    dict(n=320),
+    dict(k=2048),
+    dict(group_size=64),
+    dict(dtype=jnp.dtype(jnp.float16)),
+    dict(bits=8),
+    dict(zeros=True),
+  ],
 )
 def test_a_row_is_for_exactly_its_problem(shipped, write, change):
   problem = dataclasses.replace(PROBLEM, **change)
@@ -167,12 +177,9 @@ def test_a_device_without_a_table_is_named_once(shipped, caplog):
 
 
 def shapes_of(row: tuning.TunedRow) -> list[jax.ShapeDtypeStruct]:
-  shape = jax.ShapeDtypeStruct
-  return [
-    shape((row.m, row.k), row.dtype),
-    shape(layout.qweight_shape(row.k, row.n), jnp.int16),
-    shape((row.k // row.group_size, row.n), row.dtype),
-  ]
+  scales = jax.ShapeDtypeStruct((row.k // row.group_size, row.n), row.dtype)
+  qweight = jax.ShapeDtypeStruct(layout.qweight_shape(row.k, row.n, row.bits), jnp.int16)
+  return [jax.ShapeDtypeStruct((row.m, row.k), row.dtype), qweight, scales, *([scales] if row.zeros else [])]
 
 
 def test_matmul_takes_the_config_of_the_table(shipped, write, lower_for_h200):
@@ -187,7 +194,8 @@ def test_every_shipped_table_parses_and_its_rows_are_found():
     table = tuning.load_table(path)
     device = Device(platform="cuda", kind=table.device, num_sms=132)
     for row in table.rows:
-      problem = MatmulProblem(m=row.m, n=row.n, k=row.k, group_size=row.group_size, dtype=jnp.dtype(row.dtype))
+      sizes = {name: getattr(row, name) for name in ("m", "n", "k", "group_size", "bits", "zeros")}
+      problem = MatmulProblem(**sizes, dtype=jnp.dtype(row.dtype))
       assert tuning.config_for(row.implementation, problem, device) == row.config
 
 
@@ -195,7 +203,9 @@ def kernels_of(path) -> list[tuning.TunedRow]:
   """A row of each kernel in a table: sizes are in the launch, and for one config and kind of group the body is one."""
   rows = tuning.load_table(path).rows
   return list(
-    {(row.config, row.group_size, row.group_size == row.k, row.dtype, row.bits): row for row in rows}.values()
+    {
+      (row.config, row.group_size, row.group_size == row.k, row.dtype, row.bits, row.zeros): row for row in rows
+    }.values()
   )
 
 

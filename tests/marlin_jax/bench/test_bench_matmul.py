@@ -14,7 +14,7 @@ from marlin_jax.bench import operands
 from marlin_jax.bench.matmul import bench_matmul
 from marlin_jax.bench.plot import FIGURES, plot_matmul, read_rows, roofline_figure
 from marlin_jax.bench.timing import copies_for_cold_l2
-from pallas_kernels import Device, MatmulProblem
+from pallas_kernels import Device, MatmulProblem, layout
 from pallas_kernels.reference import matmul_reference
 
 
@@ -66,6 +66,17 @@ def test_a_row_is_measured_and_written(tmp_path):
   rows = list(csv.DictReader((tmp_path / "results" / "table.csv").read_text().splitlines()))
   assert {(row["m"], row["implementation"]) for row in rows} >= {("1", "triton"), ("16", "triton")}
   assert all(0 < float(row["fraction_of_limit"]) < 1.05 for row in rows)
+
+
+@pytest.mark.parametrize("bits, zeros", [(4, False), (4, True), (8, True)])
+def test_random_weights_are_what_the_problem_asks_for(monkeypatch, bits, zeros):
+  monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 2)
+  problem = MatmulProblem(m=1, n=192, k=256, group_size=64, dtype=jnp.dtype(jnp.float16), bits=bits, zeros=zeros)
+  (qweight, scales, *points), other = operands.random_weights(problem)
+  codes = np.asarray(layout.unpack_codes(qweight, 256, 192))
+  assert set(np.unique(codes)) == set(range(2**bits)) and not (qweight == other[0]).all()
+  assert scales.dtype == jnp.float16 and float(scales.min()) > 0
+  assert len(points) == zeros and all(2 ** (bits - 1) < float(p.max()) < 2**bits for p in points)
 
 
 def test_xla_int4_computes_the_same_product(monkeypatch):
