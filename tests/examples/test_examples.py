@@ -80,15 +80,29 @@ def printed_text(notebook: nbformat.NotebookNode) -> dict[str, str]:
   return {name: "".join(out.text for out in outs if out.output_type == "stream") for name, outs in outputs.items()}
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-  """The notebook "05_from_bits_to_output.ipynb", run afresh in an empty folder."""
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
+def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
+  """The notebook, run afresh in an empty folder."""
+  notebook = nbformat.read(path, as_version=4)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("JAX_PLATFORMS", "cpu")  # the stored outputs are a CPU's, and this process may hold the GPU's memory
-    folder = tmp_path_factory.mktemp("notebook")
     return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
+
+
+def pictures(notebook: nbformat.NotebookNode) -> list[str]:
+  """Ids of the cells that drew one."""
+  return [
+    cell.id
+    for cell in notebook.cells
+    for out in cell.get("outputs", [])
+    if out.output_type == "display_data" and "image/png" in out.data
+  ]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
+  """The notebook "05_from_bits_to_output.ipynb", run afresh."""
+  return execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"))
 
 
 def test_notebook_prints_what_is_stored_in_it(executed: nbformat.NotebookNode):
@@ -108,13 +122,19 @@ def test_notebook_claims(executed: nbformat.NotebookNode):
 
 
 def test_notebook_pictures_are_stored(executed: nbformat.NotebookNode):
-  def pictures(notebook: nbformat.NotebookNode) -> list[str]:
-    return [
-      cell.id
-      for cell in notebook.cells
-      for out in cell.get("outputs", [])
-      if out.output_type == "display_data" and "image/png" in out.data
-    ]
-
   assert pictures(nbformat.read(NOTEBOOK, as_version=4)) == pictures(executed)
   assert (ROOT / "docs" / "images" / "layout.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_how_close_to_the_limit(tmp_path):
+  path = EXAMPLES / "06_how_close_to_the_limit.ipynb"
+  notebook, stored = execute(path, tmp_path), nbformat.read(path, as_version=4)
+  assert pictures(notebook) == pictures(stored) == ["roofline", "speedup"]
+  assert printed_text(notebook) == printed_text(stored), f"the table has changed: jupyter execute --inplace {path}"
+  text = printed_text(notebook)
+  assert "NVIDIA H200" in text["setup"]
+  (alone, moved) = map(
+    int, re.search(r"4-bit weights alone: M = (\d+); with x and y moved, too: M = (\d+)", text["why"]).groups()
+  )
+  assert 44 <= alone <= moved <= 50
+  assert not list(tmp_path.iterdir())
