@@ -101,6 +101,8 @@ def bench_matmul(
           )
         )
         print(_line(rows[-1]), flush=True)
+  if len(shapes) > 1:
+    print("\n".join(_sums(rows)))
   if output is not None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
@@ -138,6 +140,19 @@ def _weights(k: int, n: int) -> list[tuple[Array, ...]]:
 def _dense(k: int, n: int) -> list[Array]:
   keys = (jax.random.key(i) for i in range(copies_for_cold_l2(2 * k * n)))
   return [jax.random.normal(key, (k, n), jnp.float32).astype(jnp.bfloat16) for key in keys]
+
+
+def _sums(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """A line for every batch size and kernel: the time of all shapes one after the other, as a model's layers take it."""
+  sums: dict[tuple[int, str], list[float]] = {}
+  for row in rows:
+    total = sums.setdefault((row["m"], row["implementation"]), [0.0, 0.0])
+    total[0] += float(row["time_us"])
+    total[1] += float(row["bf16_us"])
+  return [
+    f"all shapes, M={m}: {name} {time:.1f} us, bfloat16 {bf16:.1f} us, speed-up {bf16 / time:.2f}"
+    for (m, name), (time, bf16) in sums.items()
+  ]
 
 
 def _line(row: dict[str, Any]) -> str:

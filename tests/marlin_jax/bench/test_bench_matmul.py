@@ -68,7 +68,7 @@ def test_a_row_is_measured_and_written(tmp_path):
   assert all(0 < float(row["fraction_of_limit"]) < 1.05 for row in rows)
 
 
-@pytest.mark.parametrize("bits, zeros", [(4, False), (4, True), (8, True)])
+@pytest.mark.parametrize("bits, zeros", [(4, False), (8, True)])
 def test_random_weights_are_what_the_problem_asks_for(monkeypatch, bits, zeros):
   monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 2)
   problem = MatmulProblem(m=1, n=192, k=256, group_size=64, dtype=jnp.dtype(jnp.float16), bits=bits, zeros=zeros)
@@ -117,16 +117,15 @@ def on_an_h200(monkeypatch):
 
 
 def test_a_table_of_all_there_is(on_an_h200, tmp_path, capsys):
-  bench_matmul([(256, 192)], [1, 16], tmp_path / "results" / "table.csv")
+  bench_matmul([(256, 192), (128, 64)], [1, 16], tmp_path / "results" / "table.csv")
   rows = list(csv.DictReader((tmp_path / "results" / "table.csv").read_text().splitlines()))
   kernels = ["hopper", "triton"] if jax.__version_info__ >= (0, 11) else ["triton"]
   assert [(row["m"], row["implementation"]) for row in rows] == [
-    (m, name) for m in ("1", "16") for name in (*kernels, "xla_int4")
+    (m, name) for _ in range(2) for m in ("1", "16") for name in (*kernels, "xla_int4")
   ]
   assert {row["speedup"] for row in rows} == {"3.00", "0.40"}
   assert rows[0]["config"].startswith("block_m=") and rows[-1]["config"] == ""
-  assert "xla_int4" in capsys.readouterr().out
-  plot_matmul(tmp_path / "results" / "table.csv", tmp_path / "speedup.png")
+  assert "all shapes, M=16: triton 8.0 us, bfloat16 24.0 us, speed-up 3.00" in capsys.readouterr().out
 
 
 def test_a_time_beyond_the_ceilings_fails_the_run(on_an_h200, tmp_path):
