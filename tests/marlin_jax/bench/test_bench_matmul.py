@@ -68,15 +68,14 @@ def test_a_row_is_measured_and_written(tmp_path):
   assert all(0 < float(row["fraction_of_limit"]) < 1.05 for row in rows)
 
 
-@pytest.mark.parametrize("bits, zeros", [(4, False), (8, True)])
-def test_random_weights_are_what_the_problem_asks_for(monkeypatch, bits, zeros):
+def test_random_weights_are_what_the_problem_asks_for(monkeypatch):
   monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 2)
-  problem = MatmulProblem(m=1, n=192, k=256, group_size=64, dtype=jnp.dtype(jnp.float16), bits=bits, zeros=zeros)
-  (qweight, scales, *points), other = operands.random_weights(problem)
+  problem = MatmulProblem(m=1, n=192, k=256, group_size=64, dtype=jnp.dtype(jnp.float16), bits=8, zeros=True)
+  (qweight, scales, zeros), other = operands.random_weights(problem)
   codes = np.asarray(layout.unpack_codes(qweight, 256, 192))
-  assert set(np.unique(codes)) == set(range(2**bits)) and not (qweight == other[0]).all()
+  assert set(np.unique(codes)) == set(range(256)) and not (qweight == other[0]).all()
   assert scales.dtype == jnp.float16 and float(scales.min()) > 0
-  assert len(points) == zeros and all(2 ** (bits - 1) < float(p.max()) < 2**bits for p in points)
+  assert zeros.shape == scales.shape and 128 < float(zeros.max()) < 256
 
 
 def test_xla_int4_computes_the_same_product(monkeypatch):
@@ -117,11 +116,11 @@ def on_an_h200(monkeypatch):
 
 
 def test_a_table_of_all_there_is(on_an_h200, tmp_path, capsys):
-  bench_matmul([(256, 192), (128, 64)], [1, 16], tmp_path / "results" / "table.csv")
+  bench_matmul([(256, 192), (128, 64)], [16], tmp_path / "results" / "table.csv")
   rows = list(csv.DictReader((tmp_path / "results" / "table.csv").read_text().splitlines()))
   kernels = ["hopper", "triton"] if jax.__version_info__ >= (0, 11) else ["triton"]
   assert [(row["m"], row["implementation"]) for row in rows] == [
-    (m, name) for _ in range(2) for m in ("1", "16") for name in (*kernels, "xla_int4")
+    ("16", name) for _ in range(2) for name in (*kernels, "xla_int4")
   ]
   assert {row["speedup"] for row in rows} == {"3.00", "0.40"}
   assert rows[0]["config"].startswith("block_m=") and rows[-1]["config"] == ""
