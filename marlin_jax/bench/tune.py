@@ -227,7 +227,7 @@ def _compile_all(
       except multiprocessing.TimeoutError:
         bar.write(f"skipped: {task}, {config}: not compiled in {_PATIENCE:.0f} s", file=sys.stderr)
       except Exception as error:  # whatever a compiler raises: the candidate is none, and that is said
-        bar.write(f"skipped: {task}, {config}: {str(error).splitlines()[0]}", file=sys.stderr)
+        bar.write(f"skipped: {task}, {config}: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
       bar.update()
   if late:
     bar.write(f"left out {late} candidates for lack of time", file=sys.stderr)

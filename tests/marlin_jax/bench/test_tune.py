@@ -88,10 +88,14 @@ def test_a_candidate_that_does_not_compile_is_skipped(kernels, tmp_path, capsys)
   def too_large(y):
     raise ValueError("needs 300 KB of shared memory\nand more lines")
 
-  kernels[CONFIGS[0]] = too_large
-  assert run(tmp_path, Script(*[9e-6] * 2, *[8e-6] * 6)).rows[0].config == CONFIGS[2]
+  def broken(y):
+    raise AssertionError
+
+  kernels |= {CONFIGS[0]: too_large, CONFIGS[3]: broken}
+  assert run(tmp_path, Script(*[9e-6] * 2, *[8e-6] * 4)).rows[0].config == CONFIGS[2]
   err = capsys.readouterr().err
   assert "skipped: triton, K=256 N=128 M=16" in err and "needs 300 KB of shared memory\n" in err
+  assert f"{CONFIGS[3]}: AssertionError()\n" in err
 
 
 def test_without_a_right_candidate_there_is_no_row(kernels, tmp_path, capsys):
