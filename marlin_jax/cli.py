@@ -45,7 +45,14 @@ def _parser() -> argparse.ArgumentParser:
   quantize.add_argument("source", help="Hugging Face checkpoint folder, or a Hub model in the local cache")
   quantize.add_argument("destination", type=Path, help="folder to write; must not exist yet")
   quantize.add_argument("--bits", type=int, default=4)
-  quantize.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  quantize.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
+  quantize.add_argument("--asymmetric", action="store_true", help="a zero point of its own for every group")
+  quantize.add_argument(
+    "--format",
+    choices=("native", "compressed-tensors"),
+    default="native",
+    help="native (default): loads at once, here; compressed-tensors: other tools read it too",
+  )
   quantize.set_defaults(run=_quantize)
 
   generate = commands.add_parser("generate", help="continue a prompt")
@@ -69,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
   tune = commands.add_parser("tune", help="find the fastest kernel configs on the GPU at hand")
   _add_shapes(tune)
   tune.add_argument("--batches", type=int, nargs="+", default=(1, 8, 16, 32, 64, 128), metavar="M")
-  tune.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  tune.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
   tune.add_argument("--bits", type=int, choices=(4, 8), default=4)
   tune.add_argument("--zeros", action="store_true", help="weights with zero points")
   tune.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
@@ -91,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
   model = bench.add_parser("model", help="a whole model's prefill and decode, bfloat16 against 4 bits")
   model.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
   model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
-  model.add_argument("--group-size", type=_group_size, default=128, help="32, 64, 128 (default) or column")
+  model.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
   model.add_argument("--quantize-head", action="store_true", help="the output head in 4 bits, too")
   model.add_argument("--batches", type=int, nargs="+", default=MODEL_BATCHES, metavar="B")
   model.add_argument("--prompt-tokens", type=int, default=64)
@@ -161,8 +168,8 @@ def _bench_model(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-  spec = QuantSpec(bits=arguments.bits, group_size=arguments.group_size)
-  quantize_checkpoint(arguments.source, arguments.destination, spec)
+  spec = QuantSpec(bits=arguments.bits, group_size=arguments.group_size, symmetric=not arguments.asymmetric)
+  quantize_checkpoint(arguments.source, arguments.destination, spec, format=arguments.format)
   print(describe_checkpoint(arguments.destination))
 
 

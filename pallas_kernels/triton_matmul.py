@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
-from pallas_kernels.dequant import nibble_plane
+from pallas_kernels.dequant import byte_plane, nibble_plane
 from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
@@ -58,26 +58,28 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
   if device.platform != "cuda":
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
-  if problem.bits != 4 or problem.zeros:
-    return f"it takes 4 bits without zero points, not bits={problem.bits}, zeros={problem.zeros}"
+  if problem.zeros:
+    return "its zero points are not handed to it yet"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if 64 % problem.group_size and problem.group_size % 64 and problem.group_size != problem.k:
     return f"group_size={problem.group_size} must divide 64, be a multiple of it, or be the whole column"
   k, n = layout.padded_shape(problem.k, problem.n)
-  if max(k * n // 4, problem.m * k, problem.m * n) > _MAX_ELEMENTS:
+  if max(k * n * problem.bits // 16, problem.m * k, problem.m * n) > _MAX_ELEMENTS:
     return f"a {problem.m} x {k} x {n} product has an operand of more than 2^31 elements"
   return None
 
 
-def _dequantize(words, dtype, *, use_asm: bool):
-  """Words [n_tiles, k_tiles * 1024] -> codes - 8 as [64 n_tiles, 64 k_tiles], natural order of n and k on both sides.
+def _dequantize(words, dtype, *, zero: int, use_asm: bool):
+  """Words [n_tiles, k_tiles * 1024], one array or one of each nibble, -> codes - zero as [64 n_tiles, 64 k_tiles].
 
-  A thread that loaded 16 bytes holds its own fragment of the matrix instruction (layout.py), so joining the planes and
-  transposing the bits of the index moves no data between threads: Triton turns it into a renaming of registers.
+  The result is in the natural order of n and k. A thread that loaded 16 bytes holds its own fragment of the matrix
+  instruction (layout.py), so joining the planes and transposing the bits of the index moves no data between threads:
+  Triton turns it into a renaming of registers.
   """
-  n_tiles, k_tiles = words.shape[0], words.shape[1] // layout.TILE_WORDS
-  planes = [nibble_plane(words, p, dtype, use_asm=use_asm) for p in range(4)]
+  n_tiles, k_tiles = words[0].shape[0], words[0].shape[1] // layout.TILE_WORDS
+  plane = nibble_plane if len(words) == 1 else byte_plane
+  planes = [plane(*words, p, dtype, zero=zero, use_asm=use_asm) for p in range(4)]
   low, high = (jnp.stack(planes[2 * half : 2 * half + 2], axis=-1) for half in range(2))
   w = jnp.stack([low, high], axis=-1)  # [..., odd, half]
   sizes = dict(n_tile=n_tiles, k_tile=k_tiles, warp=4, lane=8, quad=4, j=4, e=2, odd=2, half=2)
@@ -86,23 +88,24 @@ def _dequantize(words, dtype, *, use_asm: bool):
   return w.reshape(n_tiles * layout.TILE, k_tiles * layout.TILE)
 
 
-def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
-  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
+def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
+  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - z[k // group, n]).
 
   One program: block_n columns x block_m rows x one of split_k runs of K. A step:
 
     load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
-            the scales of the next step                                   (a step ahead, by hand: Triton pipelines
+            the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
                                                                           only what feeds a dot)
-    decode  four nibble planes, joined to w [block_n, block_k], in registers
+    decode  four nibble planes, joined to w [block_n, block_k], in registers; less the zeros, if there are any
     dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
                                                     few rows of x cost a narrow instruction instead of padding to 64
     scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
   """
+  *group_refs, y_ref = refs  # scales, and zeros if there are any
   c, group_size = config, problem.group_size
   m0, n_block, sk = pl.program_id(0) * c.block_m, pl.program_id(1), pl.program_id(2)
   k_words = layout.TILE_WORDS // layout.TILE  # words of a row of tiles per k
-  steps = w_ref.shape[1] // k_words // c.block_k
+  steps = layout.padded_shape(problem.k, problem.n)[0] // c.block_k
   steps_each = -(-steps // c.split_k)
   n_tiles = c.block_n // layout.TILE
   n0, n_tile0 = n_block * c.block_n, n_block * n_tiles
@@ -114,11 +117,21 @@ def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
   m_inside = None if problem.m % c.block_m == 0 else m < problem.m
   n_inside = None if problem.n % c.block_n == 0 else n < problem.n
 
-  def load_scales(i):
-    # Beyond the last group (the step after the last, the K padding) the codes are zero: any finite scale will do.
+  def load_words(i):
+    if problem.bits == 4:
+      blocks = [w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * c.block_k * k_words, c.block_k * k_words)]]
+    else:
+      k_tiles = c.block_k // layout.TILE
+      blocks = [w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * k_tiles, k_tiles), pl.ds(nibble, 1)] for nibble in range(2)]
+    return [plt.load(block, eviction_policy="evict_first").reshape(n_tiles, -1) for block in blocks]
+
+  def load_groups(i):
+    # Beyond the last group (the step after the last, the K padding) x is zero: any finite scale and zero will do.
     groups = [jnp.minimum(lax.div(i * c.block_k, group_size) + g, last_group) for g in range(groups_per_step)]
     fill = None if n_inside is None else 0.0
-    return tuple(plt.load(s_ref.at[g, pl.ds(n0, c.block_n)], mask=n_inside, other=fill) for g in groups)
+    return tuple(
+      tuple(plt.load(ref.at[g, pl.ds(n0, c.block_n)], mask=n_inside, other=fill) for ref in group_refs) for g in groups
+    )
 
   def load_x(k0, group):
     k = jnp.arange(c.block_k, dtype=jnp.int32)
@@ -133,23 +146,20 @@ def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
     return plt.load(index, mask=mask, other=0.0)
 
   def step(i, carry):
-    acc, scales = carry
-    next_scales = load_scales(i + 1)
-    k0 = i * c.block_k
-    words = plt.load(
-      w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(k0 * k_words, c.block_k * k_words)],
-      eviction_policy="evict_first",
-    )
-    w = _dequantize(words, x_ref.dtype, use_asm=use_asm)
-    for group, scale in enumerate(scales):
-      x = load_x(k0, group)
+    acc, groups = carry
+    next_groups = load_groups(i + 1)
+    zero = 0 if problem.zeros else layout.zero_code(problem.bits)
+    codes = _dequantize(load_words(i), x_ref.dtype, zero=zero, use_asm=use_asm)
+    for group, (scale, *zeros) in enumerate(groups):
+      w = codes - zeros[0].astype(x_ref.dtype)[:, None] if zeros else codes
+      x = load_x(i * c.block_k, group)
       partial = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
       acc += partial * scale.astype(jnp.float32)[:, None]
-    return acc, next_scales
+    return acc, next_groups
 
   first = sk * steps_each
-  zeros = jnp.zeros((c.block_n, c.block_m), jnp.float32)
-  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (zeros, load_scales(first)))
+  nothing = jnp.zeros((c.block_n, c.block_m), jnp.float32)
+  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (nothing, load_groups(first)))
   masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
   mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
   index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
@@ -160,18 +170,20 @@ def _kernel(x_ref, w_ref, s_ref, y_ref, *, problem, config, use_asm):
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def matmul_triton(
   x: Float[Array, "M K"],
-  qweight: Int16[Array, "N_tiles K_tiles 32 32"],
+  qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
+  zeros: Float[Array, "G N"] | None = None,
   *,
   config: TritonConfig,
   interpret: bool = False,
 ) -> Float[Array, "M N"]:
-  """y = x @ (scales * (codes - 8)), dequantized in registers, accumulated in float32; the same bits at every call.
+  """y = x @ (scales * (codes - zeros)), dequantized in registers, summed in float32; the same bits at every call.
 
   Args:
     x: bfloat16 or float16; M at least 1.
-    qweight: packed codes (layout.py).
+    qweight: packed codes of 4 or 8 bits (layout.py).
     scales: G = K / group_size rows, G = 1 for one group per column.
+    zeros: zero points, as scales; None is the middle code. codes - zeros is rounded to x's dtype: exact for integers.
     config: block sizes; see TritonConfig.
     interpret: run the kernel's body on the CPU, for tests.
 
@@ -179,12 +191,15 @@ def matmul_triton(
     ValueError: block_k and the group size do not fit each other, or block_n does not divide the padded N.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
+  bits = qweight.shape[2] // 8
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=bits, zeros=zeros is not None)
   if config.block_k % problem.group_size and problem.group_size % config.block_k and groups > 1:
     raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
-  n_tiles = qweight.shape[0]
+  n_tiles, k_tiles, _, _ = qweight.shape
   if n_tiles * layout.TILE % config.block_n:
     raise ValueError(f"block_n={config.block_n} must divide the padded N={n_tiles * layout.TILE}")
+  # 4 bits: a stream for each 64 columns; 8 bits: tiles of high and of low nibbles take turns in it.
+  words = qweight.reshape(n_tiles, -1) if bits == 4 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
   kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
   partials = pl.pallas_call(
     kernel,
@@ -192,8 +207,8 @@ def matmul_triton(
     grid=(-(-m // config.block_m), n_tiles * layout.TILE // config.block_n, config.split_k),
     compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
     interpret=interpret,
-    name="w4a16_triton",
-  )(x, qweight.reshape(n_tiles, -1), scales)
+    name=f"w{bits}a16_triton",
+  )(x, words, *((scales,) if zeros is None else (scales, zeros)))
   if config.split_k == 1:
     return partials[0]
   # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.

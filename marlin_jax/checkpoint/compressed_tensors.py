@@ -1,32 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors checkpoints (llm-compressor), format pack-quantized, as far as our codes hold them exactly.
+"""compressed-tensors checkpoints (llm-compressor), format pack-quantized, of 4 or 8 bits.
 
-    <layer>.weight_packed  int32 [N, K/8]   eight codes along k in a word, the first in the lowest bits:
+    <layer>.weight_packed      int32 [N, K b/32]   32 / b codes along k in a word, the first in the lowest bits; b = 4:
 
         bits of word [n, c]   31..28    27..24   ..    7..4     3..0
         code of k =           8c + 7    8c + 6   ..   8c + 1     8c
 
-    <layer>.weight_scale   float [N, G]     strategy "channel" is G = 1
-    <layer>.weight_shape   int [2]          (N, K)
+    <layer>.weight_scale       float [N, G]        strategy "channel" is G = 1
+    <layer>.weight_zero_point  int32 [N b/32, G]   asymmetric only: packed in the same manner, but along n
+    <layer>.weight_shape       int [2]             (N, K)
+    <layer>.weight_g_idx       int32 [K]           actorder "group" only: the group of each k
 
-    w[k, n] = weight_scale[n, k // group_size] * (codes[k, n] - 8)
+    w[k, n] = weight_scale[n, g] * (codes[k, n] - zeros[n, g])    with g = k // group_size or weight_g_idx[k]
 
-The format thinks of signed codes -8..7 stored with 8 added; read as they lie they are ours. Everything is the
-transpose of ours. The activation order "static" (or "weight") is one in which the quantizer worked and leaves no trace
-in the file; with "group" (or "dynamic") the groups are scattered along k, which `QuantizedTensor` cannot say.
+The format thinks of signed codes and zero points stored with 2^(b-1) added; read as they lie they are ours. Up to
+release 0.9.3 zero points were written as they are, int8 [N, G]. Everything is the transpose of ours. The activation
+order "static" (or "weight") is one in which the quantizer worked and leaves no trace in the file; with "group" (or
+"dynamic") the groups are scattered along k: rows are sorted by group here, and x is gathered at run time.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32, UInt8
 
 from marlin_jax.checkpoint.folder import CheckpointError
-from marlin_jax.checkpoint.gptq import unpack_words
 from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
+  act_order,
   covered_spec,
   layers_with,
   not_covered,
@@ -34,15 +38,90 @@ from marlin_jax.checkpoint.layers import (
   read_scales,
 )
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.packing import pack
+from marlin_jax.checkpoint.words import pack_words, packed, unpack_words
 from marlin_jax.quantized import PackedTensor, QuantizedTensor, QuantSpec
+from pallas_kernels.layout import zero_code
 
 _FORMAT = "pack-quantized"
+_GROUPED = ("group", "dynamic")  # values of actorder that leave groups scattered along k
 
 
-def decode(weight_packed: Int32[Array, "N K_words"], weight_scale: Float[Array, "N G"]) -> QuantizedTensor:
-  """The codes in `weight_packed`, eight along k in a word, with their scales; both transposed."""
-  return QuantizedTensor(codes=unpack_words(weight_packed, axis=1).T, scales=weight_scale.T)
+def decode(weight_packed: Int32[Array, "N K_words"], bits: int = 4) -> UInt8[Array, "K N"]:
+  """The codes in `weight_packed`, 32 / bits along k in a word; transposed."""
+  return unpack_words(weight_packed, 1, bits).T
+
+
+def encode(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
+  """Last name -> tensor of a weight in this format; the opposite of what `CompressedTensorsLayers.read` does.
+
+  Raises:
+    ValueError: a zero point is no whole number, or K or N does not fill words.
+  """
+  bits, (k, n) = tensor.bits, tensor.shape
+  per_word = 32 // bits
+  codes, scales = np.asarray(tensor.codes), np.asarray(tensor.scales)
+  if k % per_word:
+    raise ValueError(f"K={k} must be a multiple of {per_word} in the compressed-tensors format")
+  tensors = {}
+  if tensor.permutation is not None:
+    permutation = np.asarray(tensor.permutation)
+    codes = codes[np.argsort(permutation)]
+    tensors["weight_g_idx"] = np.empty(k, np.int32)
+    tensors["weight_g_idx"][permutation] = np.arange(k) // tensor.group_size
+  if tensor.zeros is not None:
+    zeros = np.asarray(tensor.zeros, np.float32)
+    if (zeros != np.round(zeros)).any() or zeros.min() < 0 or zeros.max() >= 2**bits:
+      raise ValueError(f"zero points must be whole numbers from 0 to {2**bits - 1} in the compressed-tensors format")
+    if n % per_word:
+      raise ValueError(f"N={n} must be a multiple of {per_word} in the compressed-tensors format with zero points")
+    tensors["weight_zero_point"] = pack_words(zeros.T.astype(np.uint8), 0, bits)
+  return tensors | {
+    "weight_packed": pack_words(codes.T, 1, bits),
+    "weight_scale": scales.T,
+    "weight_shape": np.array([n, k], np.int64),
+  }
+
+
+def quantization_config(layers: Mapping[str, tuple[QuantSpec, bool]], ignore: Sequence[str]) -> dict[str, Any]:
+  """The quantization_config of a checkpoint in this format.
+
+  Args:
+    layers: Hugging Face name -> its spec, and whether it has act-order.
+    ignore: names of the dense layers that are not quantized.
+  """
+  kinds: dict[tuple[QuantSpec, bool], list[str]] = {}
+  for name, kind in layers.items():
+    kinds.setdefault(kind, []).append(name)
+  groups = {}
+  for i, ((spec, grouped), names) in enumerate(kinds.items()):
+    weights = {
+      "num_bits": spec.bits,
+      "type": "int",
+      "symmetric": spec.symmetric,
+      "strategy": "channel" if spec.group_size is None else "group",
+      "group_size": spec.group_size,
+      "actorder": "group" if grouped else None,
+      "block_structure": None,
+      "dynamic": False,
+      "observer": "minmax",
+      "observer_kwargs": {},
+    }
+    activations = {"input_activations": None, "output_activations": None}
+    groups[f"group_{i}"] = {
+      "targets": ["Linear"] if len(kinds) == 1 else names,
+      "format": _FORMAT,
+      "weights": weights,
+      **activations,
+    }
+  return {
+    "quant_method": "compressed-tensors",
+    "format": _FORMAT,
+    "quantization_status": "compressed",
+    "config_groups": groups,
+    "ignore": list(ignore),
+    "kv_cache_scheme": None,
+    "global_compression_ratio": None,
+  }
 
 
 class CompressedTensorsLayers(QuantizedLayers):
@@ -50,7 +129,7 @@ class CompressedTensorsLayers(QuantizedLayers):
 
   Raises:
     CheckpointError: the quantization_config holds nonsense.
-    NotImplementedError: it asks for more than 4-bit symmetric weights.
+    NotImplementedError: it asks for more than integer weights of 4 or 8 bits in groups or columns.
   """
 
   def __init__(self, quantization: dict[str, Any], checkpoint: Checkpoint):
@@ -70,10 +149,24 @@ class CompressedTensorsLayers(QuantizedLayers):
       if stored_as != _FORMAT:
         raise not_covered(checkpoint, f"compressed-tensors format is {stored_as!r}, not {_FORMAT!r}")
     names = layers_with(checkpoint, "weight_packed", "weight_scale", "weight_shape")
-    super().__init__(checkpoint, {name: _spec(checkpoint, name, _group_of(checkpoint, name, groups)) for name in names})
+    group_of = {name: _group_of(checkpoint, name, groups) for name in names}
+    super().__init__(checkpoint, {name: _spec(checkpoint, name, group) for name, group in group_of.items()})
+    self._act_order = {name for name, group in group_of.items() if group["weights"].get("actorder") in _GROUPED}
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"weight_packed": (n, k // 8), "weight_scale": (n, self[name].groups(k)), "weight_shape": (2,)}
+    spec = self[name]
+    groups, per_word = spec.groups(k), 32 // spec.bits
+    shapes: dict[str, tuple[int, ...]] = {
+      "weight_packed": (n, k // per_word),
+      "weight_scale": (n, groups),
+      "weight_shape": (2,),
+    }
+    if not spec.symmetric:
+      tensor = f"{name}.weight_zero_point"
+      unpacked = tensor in self.checkpoint and self.checkpoint.shape(tensor) == (n, groups)
+      shapes["weight_zero_point"] = (n, groups) if unpacked else (n // per_word, groups)
+    if name in self._act_order:
+      shapes["weight_g_idx"] = (k,)
     return {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}
 
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
@@ -82,14 +175,19 @@ class CompressedTensorsLayers(QuantizedLayers):
       raise CheckpointError(
         f"{self.checkpoint.folder}: tensor {name}.weight_shape holds {tuple(map(int, shape))}, must hold {(n, k)}"
       )
+    spec, g_idx = self[name], f"{name}.weight_g_idx"
+    groups = spec.groups(k)
+    permutation = act_order(self.checkpoint, g_idx, k, groups) if name in self._act_order else None
     weight_packed = read_integers(self.checkpoint, f"{name}.weight_packed", np.int32)
-    weight_scale = read_scales(self.checkpoint, f"{name}.weight_scale", device)
-    return _decode_and_pack(jax.device_put(weight_packed, device), weight_scale)
+    scales = read_scales(self.checkpoint, f"{name}.weight_scale", device).T
+    zeros = None if spec.symmetric else self._read_zeros(name, n, groups).T
+    return packed(decode(jax.device_put(weight_packed, device), spec.bits), scales, zeros, permutation, spec.bits)
 
-
-@jax.jit
-def _decode_and_pack(weight_packed, weight_scale) -> PackedTensor:
-  return pack(decode(weight_packed, weight_scale))
+  def _read_zeros(self, name: str, n: int, groups: int) -> np.ndarray:
+    tensor, bits = f"{name}.weight_zero_point", self[name].bits
+    if self.checkpoint.shape(tensor) == (n, groups):
+      return read_integers(self.checkpoint, tensor, np.int8).astype(np.int32) + zero_code(bits)
+    return unpack_words(read_integers(self.checkpoint, tensor, np.int32), 0, bits)
 
 
 def _group_of(checkpoint: Checkpoint, name: str, groups: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +215,11 @@ def _spec(checkpoint: Checkpoint, name: str, group: dict[str, Any]) -> QuantSpec
     raise CheckpointError(f"{checkpoint.folder}: quantization_config: weights is {weights!r}, must be an object")
   if weights.get("type", "int") != "int":
     raise not_covered(checkpoint, f"layer {name} has codes of type {weights['type']!r}")
-  if weights.get("symmetric") is not True:
-    raise not_covered(checkpoint, f"layer {name} is asymmetric")
-  if weights.get("actorder") not in (None, False, "weight", "static"):
-    raise not_covered(checkpoint, f"layer {name} has act-order, its actorder is {weights['actorder']!r}")
+  if weights.get("actorder") not in (None, False, "weight", "static", *_GROUPED):
+    raise not_covered(checkpoint, f"layer {name} has the actorder {weights['actorder']!r}")
   if weights.get("strategy") not in ("group", "channel"):
     raise not_covered(checkpoint, f"layer {name} has the strategy {weights.get('strategy')!r}")
   group_size = weights.get("group_size") if weights["strategy"] == "group" else None
   if weights["strategy"] == "group" and group_size is None:
     raise CheckpointError(f"{checkpoint.folder}: quantization_config: group_size is missing for the strategy 'group'")
-  return covered_spec(checkpoint, name, weights.get("num_bits"), group_size)
+  return covered_spec(checkpoint, name, weights.get("num_bits"), group_size, weights.get("symmetric", True))

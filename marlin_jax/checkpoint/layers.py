@@ -11,9 +11,7 @@ from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.quantized import PackedTensor, QuantSpec
-
-GROUP_SIZES = (32, 64, 128, None)
+from marlin_jax.quantized import SMALLEST_GROUP, PackedTensor, QuantSpec
 
 
 class QuantizedLayers(Mapping[str, QuantSpec]):
@@ -51,30 +49,50 @@ class QuantizedLayers(Mapping[str, QuantSpec]):
 
 def not_covered(checkpoint: Checkpoint, found: str) -> NotImplementedError:
   """The refusal of a sound checkpoint: what was found there, and what is covered."""
-  sizes = ", ".join(str(size) for size in GROUP_SIZES if size is not None)
   return NotImplementedError(
-    f"{checkpoint.folder}: {found}; of other tools' checkpoints only 4-bit symmetric weights without act-order are "
-    f"covered, in groups of {sizes} or with one scale a column"
+    f"{checkpoint.folder}: {found}; of other tools' checkpoints integer weights of 4 or 8 bits are covered, in groups "
+    f"of a multiple of {SMALLEST_GROUP} or with one scale a column"
   )
 
 
-def covered_spec(checkpoint: Checkpoint, name: str, bits: Any, group_size: Any) -> QuantSpec:
+def covered_spec(checkpoint: Checkpoint, name: str, bits: Any, group_size: Any, symmetric: Any) -> QuantSpec:
   """The spec of a layer of another tool's checkpoint.
 
   Raises:
     CheckpointError: these are no numbers.
     NotImplementedError: these are not covered.
   """
-  if type(bits) is not int or not (group_size is None or type(group_size) is int):
+  if type(bits) is not int or not (group_size is None or type(group_size) is int) or type(symmetric) is not bool:
     raise CheckpointError(
-      f"{checkpoint.folder}: quantization_config: layer {name} has {bits!r} bits and group size {group_size!r}, "
-      "must be integers"
+      f"{checkpoint.folder}: quantization_config: layer {name} has {bits!r} bits, group size {group_size!r} and "
+      f"symmetry {symmetric!r}, must be two integers and true or false"
     )
-  if bits != 4:
+  if bits not in (4, 8):
     raise not_covered(checkpoint, f"layer {name} has {bits} bits")
-  if group_size not in GROUP_SIZES:
+  if group_size is not None and (group_size < SMALLEST_GROUP or group_size % SMALLEST_GROUP):
     raise not_covered(checkpoint, f"layer {name} has groups of {group_size}")
-  return QuantSpec(bits=bits, group_size=group_size)
+  return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def act_order(checkpoint: Checkpoint, tensor: str, k: int, groups: int) -> np.ndarray | None:
+  """The order of the K features in which the groups that `tensor` gives each are runs of equal length.
+
+  None if that is the order they are in. The sort is stable: within a group features keep their order.
+
+  Raises:
+    CheckpointError: a group is out of range.
+    NotImplementedError: the groups are not of equal size.
+  """
+  g_idx = read_integers(checkpoint, tensor, np.int32)
+  if g_idx.min() < 0 or g_idx.max() >= groups:
+    raise CheckpointError(
+      f"{checkpoint.folder}: tensor {tensor} has values from {g_idx.min()} to {g_idx.max()}, must be groups "
+      f"from 0 to {groups - 1}"
+    )
+  order = np.argsort(g_idx, kind="stable")
+  if (g_idx[order] != np.arange(k) // (k // groups)).any():
+    raise not_covered(checkpoint, f"tensor {tensor} has groups that are not all of {k // groups} features")
+  return None if (order == np.arange(k)).all() else order
 
 
 def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:

@@ -17,8 +17,8 @@ from marlin_jax.tokenizer import Tokenizer
 def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16, device=None) -> Decoder:
   """The model in a checkpoint folder, or of a Hub model in the local cache, float or quantized.
 
-  Quantized by this package, or, where its 4-bit symmetric codes hold the weights exactly, by another tool: GPTQ,
-  compressed-tensors and original MARLIN checkpoints (docs/quantization.md). Scales keep the dtype they are stored in.
+  Quantized by this package or, in 4 or 8 bits, by another tool: GPTQ, AWQ, compressed-tensors, HQQ and original MARLIN
+  checkpoints, all exactly (docs/quantization.md). Scales keep the dtype they are stored in.
 
   Args:
     path: a folder with config.json and safetensors, or a name such as "org/model" that was downloaded before.

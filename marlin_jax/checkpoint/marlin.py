@@ -29,10 +29,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from marlin_jax.checkpoint.folder import CheckpointError
-from marlin_jax.checkpoint.gptq import unpack_words
 from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   covered_spec,
@@ -42,14 +41,17 @@ from marlin_jax.checkpoint.layers import (
   read_scales,
 )
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.packing import pack
-from marlin_jax.quantized import PackedTensor, QuantizedTensor
+from marlin_jax.checkpoint.words import packed, unpack_words
+from marlin_jax.quantized import PackedTensor
 
 _GROUP_SIZES = (128, None)
 _K_MULTIPLE, _N_MULTIPLE = 128, 256
 
 
-def decode(B: Int32[Array, "K_blocks N_words"], s: Float[Array, "G N"]) -> QuantizedTensor:
+@jax.jit
+def decode(
+  B: Int32[Array, "K_blocks N_words"], s: Float[Array, "G N"]
+) -> tuple[UInt8[Array, "K N"], Float[Array, "G N"]]:
   """The codes and scales in natural order."""
   rows, (groups, n) = B.shape[0], s.shape
   fields = unpack_words(B, axis=1).reshape(rows, n // 64, 8, 4, 4, 2, 2, 2)
@@ -59,7 +61,7 @@ def decode(B: Int32[Array, "K_blocks N_words"], s: Float[Array, "G N"]) -> Quant
     scales = s.reshape(groups, n // 64, 8, 8).transpose(0, 1, 3, 2)
   else:
     scales = s.reshape(1, n // 32, 4, 4, 2).transpose(0, 1, 3, 2, 4)
-  return QuantizedTensor(codes=codes, scales=scales.reshape(groups, n))
+  return codes, scales.reshape(groups, n)
 
 
 class MarlinLayers(QuantizedLayers):
@@ -73,7 +75,9 @@ class MarlinLayers(QuantizedLayers):
   def __init__(self, quantization: dict[str, Any], checkpoint: Checkpoint):
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
     group_size = None if group_size == -1 else group_size
-    specs = {name: covered_spec(checkpoint, name, bits, group_size) for name in layers_with(checkpoint, "B", "s")}
+    if bits == 8:
+      raise not_covered(checkpoint, "the MARLIN format has 4 bits, not 8")
+    specs = {name: covered_spec(checkpoint, name, bits, group_size, True) for name in layers_with(checkpoint, "B", "s")}
     if specs and group_size not in _GROUP_SIZES:
       raise not_covered(checkpoint, f"the MARLIN format has groups of 128 or whole columns, not of {group_size}")
     super().__init__(checkpoint, specs)
@@ -88,9 +92,4 @@ class MarlinLayers(QuantizedLayers):
 
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
     words = read_integers(self.checkpoint, f"{name}.B", np.int32)
-    return _decode_and_pack(jax.device_put(words, device), read_scales(self.checkpoint, f"{name}.s", device))
-
-
-@jax.jit
-def _decode_and_pack(B, s) -> PackedTensor:
-  return pack(decode(B, s))
+    return packed(*decode(jax.device_put(words, device), read_scales(self.checkpoint, f"{name}.s", device)))

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from marlin_jax.checkpoint import compressed_tensors
+from marlin_jax.checkpoint.awq import AwqLayers
 from marlin_jax.checkpoint.compressed_tensors import CompressedTensorsLayers
-from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, write_json
+from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, read_json, write_json
 from marlin_jax.checkpoint.gptq import GptqLayers
+from marlin_jax.checkpoint.hqq import HqqLayers
 from marlin_jax.checkpoint.huggingface import (
   abstract_decoder,
   check_names_and_shapes,
@@ -40,7 +43,6 @@ from marlin_jax.checkpoint.huggingface import (
 from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   layers_with,
-  not_covered,
   read_float,
   read_integers,
   read_scales,
@@ -50,6 +52,7 @@ from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, ope
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
+from marlin_jax.packing import unpack
 from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
 from pallas_kernels import layout
 
@@ -118,8 +121,13 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> Quantized
   """
   quantization = hf.get("quantization_config")
   if quantization is None:
+    for file, method in _OLD_CONFIGS.items():
+      if (checkpoint.folder / file).exists():
+        quantization = {"quant_method": method} | read_json(checkpoint.folder / file)
+        break
+  if quantization is None:
     if any(name.endswith(".W_q") for name in checkpoint):  # HQQ's own files say it nowhere else
-      raise not_covered(checkpoint, "the tensors are in the HQQ format")
+      return HqqLayers(checkpoint)
     return QuantizedLayers(checkpoint, {})
   if not isinstance(quantization, dict):
     raise CheckpointError(f"{checkpoint.folder}: quantization_config is {quantization!r}, must be an object")
@@ -131,13 +139,21 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> Quantized
       return MarlinLayers(quantization, checkpoint)
     case "gptq":
       return GptqLayers(quantization, checkpoint)
+    case "awq":
+      return AwqLayers(quantization, checkpoint)
     case "compressed-tensors":
       return CompressedTensorsLayers(quantization, checkpoint)
+    case "hqq":
+      return HqqLayers(checkpoint)
     case other:
       raise NotImplementedError(
-        f"{checkpoint.folder}: quant_method {other!r} is not supported, only 'marlin_jax', 'gptq' and "
-        "'compressed-tensors' are"
+        f"{checkpoint.folder}: quant_method {other!r} is not supported, only 'marlin_jax', 'gptq', 'awq', "
+        "'compressed-tensors' and 'hqq' are"
       )
+
+
+# What tools wrote before, or beside, a quantization_config in config.json.
+_OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def save_model(model: Decoder, path: str | os.PathLike[str], *, max_shard_bytes: int = 2 << 30) -> None:
@@ -173,19 +189,22 @@ def quantize_checkpoint(
   spec: QuantSpec = QuantSpec(),
   *,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  format: Literal["native", "compressed-tensors"] = "native",
   device=None,
   max_shard_bytes: int = 2 << 30,
   progress: bool = True,
 ) -> None:
   """Quantize a float checkpoint into a new folder, one weight at a time: the model may be larger than any memory.
 
-  The result is what `load_model`, `quantize` and `save_model` would write, with the other tensors in their own dtype.
+  In our native format the result is what `load_model`, `quantize` and `save_model` would write, with the other tensors
+  in their own dtype. In that of compressed-tensors, which other tools read, it holds the same weights.
 
   Args:
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
     spec: bits, group size and symmetry.
     predicate: (path, layer) -> whether to quantize a dense layer; the layers have shapes but no values.
+    format: of the result.
     device: where the arithmetic is done; None is JAX's default device.
     max_shard_bytes: the size from which a new file is begun; about as much host memory is needed.
     progress: show a progress bar on stderr.
@@ -193,7 +212,7 @@ def quantize_checkpoint(
   Raises:
     CheckpointError: the source is not a whole and sound float checkpoint, or the destination cannot be written.
     NotImplementedError: the source's config asks for something that is not covered.
-    ValueError: the group size does not divide the K of a layer; the message names it.
+    ValueError: the group size does not divide the K of a layer, which the message names, or the format is none.
   """
   checkpoint = open_checkpoint(source)
   hf, config = read_config(checkpoint.folder)
@@ -209,6 +228,17 @@ def quantize_checkpoint(
       spec.groups(layer.in_features)
     except ValueError as error:
       raise ValueError(f"layer {name}: {error}") from None
+  if format == "native":
+    encode, settings = _encode, _settings(spec)
+  elif format == "compressed-tensors":
+    ignore = [name for name in dense_layers(model) if name not in chosen]
+    settings = compressed_tensors.quantization_config(dict.fromkeys(chosen, (spec, False)), ignore)
+
+    def encode(w: PackedTensor) -> dict[str, np.ndarray]:
+      return compressed_tensors.encode(unpack(w))
+
+  else:
+    raise ValueError(f"{format=} must be 'native' or 'compressed-tensors'")
   names = [tensor_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
   with new_folder(destination) as folder:
     writer = ShardWriter(folder, max_shard_bytes)
@@ -216,17 +246,20 @@ def quantize_checkpoint(
       array = read_float(checkpoint, name, None, device)
       layer_name, _, leaf = name.rpartition(".")
       if leaf == "weight" and layer_name in chosen:
-        packed = quantize_and_pack(array.T, spec)
-        for field in PACKED_FIELDS:
-          if (part := getattr(packed, field)) is not None:
-            writer.add(f"{layer_name}.{field}", np.asarray(part))
+        for part, value in encode(quantize_and_pack(array.T, spec)).items():
+          writer.add(f"{layer_name}.{part}", value)
       else:
         writer.add(name, np.asarray(array))
     writer.close()
-    write_json(folder / "config.json", hf | {"quantization_config": _settings(spec)})
+    write_json(folder / "config.json", hf | {"quantization_config": settings})
     for file in SIDE_FILES:
       if (checkpoint.folder / file).is_file():
         shutil.copyfile(checkpoint.folder / file, folder / file)
+
+
+def _encode(w: PackedTensor) -> dict[str, np.ndarray]:
+  fields = {field: getattr(w, field) for field in PACKED_FIELDS}
+  return {field: np.asarray(array) for field, array in fields.items() if array is not None}
 
 
 def _settings(spec: QuantSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from marlin_jax.checkpoint.folder import CheckpointError, find_folder, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -29,13 +30,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if index.exists() and single.exists():
       raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, must have one of them")
-    if index.exists():
+    if not index.exists() and not single.exists():
+      # AutoGPTQ names a file, and its index, after the settings: gptq_model-4bit-128g.safetensors.
+      others = sorted(folder.glob(f"*{_INDEX_SUFFIX}")) or sorted(folder.glob("*.safetensors"))
+      if not others:
+        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, must have one of them")
+      if len(others) > 1:
+        names = [file.name for file in others]
+        raise CheckpointError(f"{folder} has {names}, must have one of them, or {SINGLE_FILE} or {INDEX_FILE}")
+      index = single = others[0]
+    if index.exists() and index.name.endswith(_INDEX_SUFFIX):
       self._files = _open_shards(folder, index)
-    elif single.exists():
-      handle = _open(_inside(folder, SINGLE_FILE))
-      self._files = dict.fromkeys(handle.keys(), handle)
     else:
-      raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, must have one of them")
+      handle = _open(_inside(folder, single.name))
+      self._files = dict.fromkeys(handle.keys(), handle)
 
   def __getitem__(self, name: str) -> np.ndarray:
     if name not in self._files:
@@ -133,11 +141,11 @@ def _open_shards(folder: Path, index: Path) -> dict[str, safe_open]:
       if name in found_in:
         raise CheckpointError(f"{folder}: tensor {name} is in two shards, {found_in[name]} and {file}")
       if weight_map.get(name) != file:
-        raise CheckpointError(f"{folder / file} holds tensor {name}, which {INDEX_FILE} does not place there")
+        raise CheckpointError(f"{folder / file} holds tensor {name}, which {index.name} does not place there")
       files[name], found_in[name] = handle, file
   for name, file in weight_map.items():
     if name not in files:
-      raise CheckpointError(f"{folder / file} lacks tensor {name}, which {INDEX_FILE} places there")
+      raise CheckpointError(f"{folder / file} lacks tensor {name}, which {index.name} places there")
   return files
 
 

@@ -39,20 +39,30 @@ def cancel(rng, m: int, k: int, n: int, groups: int, dtype):
   return jnp.asarray(x, dtype), jnp.asarray(np.concatenate([half, half]), jnp.uint8), jnp.asarray(scales, dtype)
 
 
-def expected(x, codes, scales, *, weight_dtype=np.float64) -> np.ndarray:
+def with_zeros(rng, codes, scales, bits: int, dtype, *, fractional=False):
+  """(codes, zeros) of `bits` bits in place of codes of four: zero points of every code, different in every group."""
+  k, n = codes.shape
+  codes = jnp.asarray(rng.integers(0, 2**bits, (k, n)), jnp.uint8)
+  zeros = rng.uniform(0, 2**bits - 1, scales.shape) if fractional else rng.integers(0, 2**bits, scales.shape)
+  return codes, jnp.asarray(zeros, dtype)
+
+
+def expected(x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.float64) -> np.ndarray:
   """The product in float64; `weight_dtype` rounds the dequantized weight, for implementations that say they do."""
   k, n = codes.shape
-  w = (np.asarray(codes, np.float64) - 8).reshape(scales.shape[0], -1, n) * np.asarray(scales, np.float64)[:, None]
+  zeros = np.full(scales.shape, 2.0 ** (bits - 1)) if zeros is None else np.asarray(zeros, np.float64)
+  steps = np.asarray(codes, np.float64).reshape(scales.shape[0], -1, n) - zeros[:, None]
+  w = steps * np.asarray(scales, np.float64)[:, None]
   return np.asarray(x, np.float64) @ w.reshape(k, n).astype(weight_dtype).astype(np.float64)
 
 
-def assert_close(y, x, codes, scales, *, weight_dtype=np.float64):
+def assert_close(y, x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.float64):
   """Worst row and worst column, in the 2-norm relative to float64, are within what rounding y once explains.
 
   Rounding to nearest in bfloat16 (fp16) is off by at most 2^-8 (2^-11) of a value, by about 0.4 of that in the mean
   square; float32 accumulation adds some 1e-6.
   """
-  want = expected(x, codes, scales, weight_dtype=weight_dtype)
+  want = expected(x, codes, scales, zeros, bits, weight_dtype=weight_dtype)
   error = np.asarray(y, np.float64) - want
   bound = 2.0 ** (-8 if y.dtype == jnp.bfloat16 else -11)
   for axis in (0, 1):

@@ -2,6 +2,7 @@
 """The inline assembly and its plain twin, over every word there is."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +17,118 @@ from pallas_kernels import dequant
 ALL_WORDS = np.arange(2**16, dtype=np.uint16).view(np.int16).reshape(256, 256)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+# Two words for each pair of values of two nibbles: all 256 codes are met in every plane, beside every neighbour.
+HIGH, LOW = ALL_WORDS, np.ascontiguousarray(ALL_WORDS.T[::-1])
+
+
+def nibble(words, p):
+  return (words.view(np.uint16) >> (4 * p) & 15).astype(np.int32)
+
+
+@DTYPES
+@pytest.mark.parametrize("zero", [0, 8])
 @pytest.mark.parametrize("p", range(4))
-def test_plain_twin_gives_nibble_minus_eight(dtype, p):
-  plane = dequant.nibble_plane(jnp.asarray(ALL_WORDS), p, dtype, use_asm=False)
-  np.testing.assert_array_equal(np.asarray(plane, np.int32), (ALL_WORDS.view(np.uint16) >> (4 * p) & 15) - 8.0)
+def test_plain_twin_gives_nibble_minus_zero(dtype, p, zero):
+  plane = dequant.nibble_plane(jnp.asarray(ALL_WORDS), p, dtype, zero=zero, use_asm=False)
+  np.testing.assert_array_equal(np.asarray(plane, np.int32), nibble(ALL_WORDS, p) - zero)
 
 
-@pytest.mark.parametrize("dtype, numpy_dtype", [(jnp.bfloat16, ml_dtypes.bfloat16), (jnp.float16, np.float16)])
+@DTYPES
+@pytest.mark.parametrize("zero", [0, 128])
 @pytest.mark.parametrize("p", range(4))
-def test_the_instructions_emulated_bit_by_bit_equal_the_twin(dtype, numpy_dtype, p):
-  # What the assembly does with a pair of words, in numpy: the pair's other half must not leak in.
-  _, magic, one, offset = dequant._MAGIC[jnp.dtype(dtype)]
-  low = ALL_WORDS.view(np.uint16).ravel()
-  pair = low.astype(np.uint32) | low[::-1].astype(np.uint32) << 16
-  bits = pair >> np.uint32(4 * p) & np.uint32(0x000F000F) | np.uint32(magic << 16 | magic)
+def test_plain_twin_gives_byte_minus_zero(dtype, p, zero):
+  plane = dequant.byte_plane(jnp.asarray(HIGH), jnp.asarray(LOW), p, dtype, zero=zero, use_asm=False)
+  codes = 16 * nibble(HIGH, p) + nibble(LOW, p)
+  assert set(np.unique(codes)) == set(range(256))
+  np.testing.assert_array_equal(np.asarray(plane, np.float32), codes - zero)
 
-  def as_float(half):
-    return np.uint16(half).view(numpy_dtype).astype(np.float64)
 
-  for half, words in ((0, low), (16, low[::-1])):
-    value = (bits >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16).view(numpy_dtype).astype(np.float64)
-    fma = (value * as_float(one) + as_float(offset)).astype(numpy_dtype)
-    twin = dequant.nibble_plane(jnp.asarray(words.view(np.int16))[None], p, dtype, use_asm=False)[0]
-    np.testing.assert_array_equal(fma.astype(np.float32), np.asarray(twin, np.float32))
+def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
+  """What the assembly does with pairs of words, in numpy; both halves of a register, in order."""
+  low = [w.view(np.uint16).ravel() for w in words]
+  # The pair's other half is another word: it must not leak in.
+  registers = {f"${i + 1}": w.astype(np.uint32) | w[::-1].astype(np.uint32) << 16 for i, w in enumerate(low)}
+
+  def value(name):
+    return registers[name] if name in registers else np.uint32(int(name, 0))
+
+  for line in asm[asm.index(";") + 1 :].strip(" }").split(";"):
+    if not line.strip():
+      continue
+    operation, operands = line.split(maxsplit=1)
+    out, *sources = (name.strip() for name in operands.split(","))
+    match operation.split("."):
+      case ["shr", "u32"]:
+        registers[out] = value(sources[0]) >> value(sources[1])
+      case ["mov", "b32"]:
+        registers[out] = value(sources[0])
+      case ["lop3", "b32"]:
+        assert sources[3] == "0xEA"  # (a & b) | c
+        registers[out] = value(sources[0]) & value(sources[1]) | value(sources[2])
+      case ["fma", "rn", "bf16x2" | "f16x2" as kind]:
+        assert kind == ("bf16x2" if dtype == jnp.bfloat16 else "f16x2")
+        result = np.uint32(0)
+        for half in (0, 16):
+          a, b, c = (
+            (value(s) >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16).view(dtype).astype(np.float64)
+            for s in sources
+          )
+          rounded = (a * b + c).astype(dtype)
+          assert (rounded.astype(np.float64) == a * b + c).all()  # nothing is rounded
+          result = result | rounded.view(np.uint16).astype(np.uint32) << np.uint32(half)
+        registers[out] = result
+      case other:
+        raise AssertionError(f"{other} is not emulated")
+  return np.stack([(registers["$0"] >> np.uint32(half)).astype(np.uint16).view(dtype) for half in (0, 16)])
+
+
+@pytest.fixture
+def assembly(monkeypatch):
+  """The text of the assembly that a call would have run."""
+  texts = []
+
+  def record(asm, args, constraints, pack, result_shape_dtypes):
+    assert pack == 2 and constraints == "=r" + ",r" * len(args)
+    texts.append(asm)
+    return [jnp.zeros(s.shape, s.dtype) for s in result_shape_dtypes]
+
+  monkeypatch.setattr(dequant.plt, "elementwise_inline_asm", record)
+  return texts
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("p", range(4))
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_the_instructions_emulated_bit_by_bit_equal_the_twin(assembly, dtype, p, has_zeros):
+  for plane, words, middle in (
+    (dequant.nibble_plane, [ALL_WORDS], 8),
+    (dequant.byte_plane, [HIGH, LOW], 128),
+  ):
+    zero = 0 if has_zeros else middle
+    plane(*map(jnp.asarray, words), p, dtype, zero=zero, use_asm=True)
+    first, second = emulate(assembly[-1], words, dtype)
+    twin = np.asarray(plane(*map(jnp.asarray, words), p, dtype, zero=zero, use_asm=False)).ravel()
+    np.testing.assert_array_equal(first.astype(np.float32), twin.astype(np.float32))
+    np.testing.assert_array_equal(second[::-1].astype(np.float32), twin.astype(np.float32))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_assembly_on_the_gpu_equals_the_twin(dtype):
-  def kernel(words_ref, out_ref, *, p):
-    out_ref[...] = dequant.nibble_plane(words_ref[...], p, dtype, use_asm=True)
+@DTYPES
+@pytest.mark.parametrize("plane, words, zeros", [(dequant.nibble_plane, 1, (0, 8)), (dequant.byte_plane, 2, (0, 128))])
+def test_the_assembly_on_the_gpu_equals_the_twin(dtype, plane, words, zeros):
+  def kernel(*refs, p, zero):
+    *word_refs, out_ref = refs
+    out_ref[...] = plane(*(ref[...] for ref in word_refs), p, dtype, zero=zero, use_asm=True)
 
-  for p in range(4):
-    plane = pl.pallas_call(
-      functools.partial(kernel, p=p),
+  args = [jnp.asarray(array) for array in (HIGH, LOW)[:words]]
+  for p, zero in itertools.product(range(4), zeros):
+    got = pl.pallas_call(
+      functools.partial(kernel, p=p, zero=zero),
       out_shape=jax.ShapeDtypeStruct(ALL_WORDS.shape, dtype),
       grid=(16,),
-      in_specs=[pl.BlockSpec((16, 256), lambda i: (i, 0))],
+      in_specs=[pl.BlockSpec((16, 256), lambda i: (i, 0))] * words,
       out_specs=pl.BlockSpec((16, 256), lambda i: (i, 0)),
       compiler_params=plt.CompilerParams(num_warps=4),
-    )(jnp.asarray(ALL_WORDS))
-    np.testing.assert_array_equal(plane, dequant.nibble_plane(jnp.asarray(ALL_WORDS), p, dtype, use_asm=False))
+    )(*args)
+    np.testing.assert_array_equal(got, plane(*args, p, dtype, zero=zero, use_asm=False))

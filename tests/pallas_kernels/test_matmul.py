@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, choose_implementation, hardware, layout, matmul
+from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation, hardware, layout, matmul
+from pallas_kernels.matmul import INTERPRETED
 from tests.pallas_kernels import problems
 
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -26,7 +27,7 @@ CUDA = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
   ]
 )
 def run(request):
-  """(x, codes, scales) -> y by one implementation; `run.name` is its name."""
+  """(x, codes, scales, zeros, bits) -> y by one implementation; `run.name` is its name."""
   how = (
     dict(implementation="triton", interpret=True)
     if request.param == "interpreted"
@@ -34,8 +35,16 @@ def run(request):
   )
   jitted = jax.jit(functools.partial(matmul, **how))
 
-  def run(x, codes, scales):
-    return jitted(x, layout.pack_codes(codes), scales)
+  def run(x, codes, scales, zeros=None, bits=4):
+    if request.param == "hopper" or zeros is not None:
+      (m, k), (groups, n) = x.shape, scales.shape
+      sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
+      problem = MatmulProblem(**sizes, bits=bits, zeros=zeros is not None)
+      if reason := IMPLEMENTATIONS[how["implementation"]](
+        problem, INTERPRETED if "interpret" in how else hardware.current_device()
+      ):
+        pytest.skip(reason)
+    return jitted(x, layout.pack_codes(codes, bits), scales, zeros)
 
   run.name = request.param
   return run
@@ -58,6 +67,71 @@ def test_random_problem_is_right(run, rng, m, group_size, dtype):
   if m:
     rounding = weight_dtype(run.name, m, group_size or k, dtype)
     problems.assert_close(y, x, codes, scales, weight_dtype=rounding)
+
+
+# Every kind of weight but the plain one: bits, and zero points that are whole, or not.
+KINDS = pytest.mark.parametrize("bits, zeros", [(4, "whole"), (4, "fractional"), (8, None), (8, "whole")])
+
+
+def random_of_kind(rng, m, k, n, groups, bits, zeros, dtype):
+  x, codes, scales = problems.random(rng, m, k, n, groups, dtype)
+  codes, points = problems.with_zeros(rng, codes, scales, bits, dtype, fractional=zeros == "fractional")
+  return x, codes, scales, points if zeros else None
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("m, group_size", [(1, 128), (3, None), (17, 16), (33, 64), (64, 32), (129, 128)])
+def test_every_kind_of_weight_is_right(run, rng, m, group_size, dtype, bits, zeros):
+  k, n = 256, 128
+  x, codes, scales, points = random_of_kind(rng, m, k, n, k // (group_size or k), bits, zeros, dtype)
+  y = run(x, codes, scales, points, bits)
+  rounding = weight_dtype(run.name, m, group_size or k, dtype)
+  if zeros == "fractional" and run.name != "reference":
+    # A kernel rounds code - zero to x's dtype: the weights as it has them.
+    steps = np.asarray(codes, np.float32).reshape(scales.shape[0], -1, n) - np.asarray(points, np.float32)[:, None]
+    w = np.asarray(steps.astype(dtype), np.float64) * np.asarray(scales, np.float64)[:, None]
+    want = np.asarray(x, np.float64) @ w.reshape(k, n).astype(rounding).astype(np.float64)
+    bound = 2.0 ** (-8 if dtype == BF16 else -11)
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want) < bound
+  else:
+    problems.assert_close(y, x, codes, scales, points, bits, weight_dtype=rounding)
+
+
+@KINDS
+@pytest.mark.parametrize("k, n, group_size", [(77, 93, None), (96, 65, 32), (192, 191, 64)])
+def test_odd_sizes_of_every_kind_are_right(run, rng, k, n, group_size, bits, zeros):
+  if zeros == "fractional":
+    zeros = "whole"
+  x, codes, scales, points = random_of_kind(rng, 5, k, n, k // (group_size or k), bits, zeros, BF16)
+  rounding = weight_dtype(run.name, 5, group_size or k, BF16)
+  problems.assert_close(run(x, codes, scales, points, bits), x, codes, scales, points, bits, weight_dtype=rounding)
+
+
+@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("group_size", [16, 128, None])
+def test_identity_gives_the_weight_of_every_kind_bit_by_bit(run, rng, group_size, dtype, bits, zeros):
+  k, n = 256, 128
+  _, codes, scales, points = random_of_kind(
+    rng, 1, k, n, k // (group_size or k), bits, "whole" if zeros else None, dtype
+  )
+  y = run(jnp.eye(k, dtype=dtype), codes, scales, points, bits)
+  w = problems.expected(np.eye(k), codes, scales, points, bits)
+  np.testing.assert_array_equal(y, jnp.asarray(w, jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("m", [1, 33])
+def test_cancelling_sums_of_every_kind_are_exact(run, rng, m, bits, zeros):
+  k, n, groups = 2048, 128, 16
+  x, _, scales = problems.cancel(rng, m, k, n, groups, BF16)
+  half = rng.integers(0, 2**bits, (k // 2, n))
+  codes = jnp.asarray(np.concatenate([half, half]), jnp.uint8)
+  # The second half's groups have the zero points of the first, or nothing would cancel.
+  points = jnp.asarray(np.tile(rng.integers(0, 2**bits, (groups // 2, n)), (2, 1)), BF16) if zeros else None
+  want = problems.expected(x, codes, scales, points, bits)
+  np.testing.assert_array_equal(run(x, codes, scales, points, bits), jnp.asarray(want, jnp.float32).astype(BF16))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +230,7 @@ def test_the_kernel_is_in_the_program_and_the_reference_is_not(lower_for_h200):
   [
     (dict(qweight=jnp.zeros((1, 2, 32, 32), jnp.int16)), r"qweight.shape=\(1, 2, 32, 32\) must be \(2, 4, 32, 32\)"),
     (dict(scales=jnp.ones((3, 128), BF16)), "3 groups, which must divide k=256"),
+    (dict(qweight=jnp.zeros((2, 2, 64, 32), jnp.int16)), r"\(2, 2, 64, 32\) must be \(2, 4, 64, 32\)"),
     (dict(implementation="cutlass"), "implementation='cutlass' must be one of"),
   ],
 )

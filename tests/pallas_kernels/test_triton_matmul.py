@@ -54,6 +54,26 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, ker
   assert all(result.endswith("xf32>") for result in dots)  # never an fp16 accumulator
 
 
+@pytest.mark.parametrize("dtype, fma", [(jnp.bfloat16, "fma.rn.bf16x2"), (jnp.float16, "fma.rn.f16x2")])
+@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("group_size", [16, 128, 1024])
+def test_every_kind_of_weight_lowers_for_an_h200(lower_for_h200, kernel_ir, group_size, bits, zeros, m, dtype, fma):
+  k, n = 1024, 1088
+  sizes = dict(m=m, n=n, k=k, group_size=group_size, dtype=jnp.dtype(dtype))
+  config = heuristics.triton_config(MatmulProblem(**sizes, bits=bits, zeros=zeros), num_sms=132)
+  shape = jax.ShapeDtypeStruct
+  groups = shape((k // group_size, n), dtype)
+  args = shape((m, k), dtype), shape(layout.qweight_shape(k, n, bits), jnp.int16), groups, groups if zeros else None
+  lower_for_h200(functools.partial(matmul_triton, config=config), *args)
+  (text,) = kernel_ir
+  assert text.count("lop3.b32") == text.count(fma) == bits  # one a nibble plane, two a byte plane
+  assert "sitofp" not in text and "uitofp" not in text
+  dots = re.findall(r"tt.dot .*-> (\S+)", text)
+  assert len(dots) == max(1, config.block_k // group_size)
+  assert all(result.endswith("xf32>") for result in dots)
+
+
 @pytest.mark.parametrize(
   "change",
   [

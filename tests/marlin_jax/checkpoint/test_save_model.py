@@ -237,3 +237,31 @@ def test_an_existing_empty_folder_is_filled(tmp_path):
 def test_a_progress_bar_is_shown(tmp_path, capsys):
   quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64))
   assert "quantize: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [QuantSpec(group_size=64), QuantSpec(group_size=32, symmetric=False), QuantSpec(bits=8, group_size=None)],
+  ids=str,
+)
+def test_compressed_tensors_holds_the_same_weights(tmp_path, spec):
+  quantize_checkpoint(TIED, tmp_path / "ours", spec, progress=False)
+  quantize_checkpoint(TIED, tmp_path / "theirs", spec, format="compressed-tensors", progress=False)
+  assert_same_state(load_model(tmp_path / "ours"), load_model(tmp_path / "theirs"))
+  tensors = open_checkpoint(tmp_path / "theirs")
+  layer = "model.layers.0.mlp.down_proj"
+  assert tensors[f"{layer}.weight_packed"].dtype == np.int32
+  assert tensors[f"{layer}.weight_packed"].shape == (128, 256 * spec.bits // 32)
+  assert tensors[f"{layer}.weight_scale"].shape == (128, spec.groups(256))
+  assert (f"{layer}.weight_zero_point" in tensors) == (not spec.symmetric)
+  settings = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
+  (group,) = settings["config_groups"].values()
+  assert settings["format"] == group["format"] == "pack-quantized" and group["targets"] == ["Linear"]
+  assert group["weights"]["strategy"] == ("group" if spec.group_size else "channel")
+
+
+def test_the_head_is_ignored_by_name(tmp_path):
+  quantize_checkpoint(DATA / "llama-bf16", tmp_path / "out", format="compressed-tensors", progress=False)
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+  for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()

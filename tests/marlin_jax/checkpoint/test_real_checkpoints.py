@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints written by the tools themselves: their own dequantized weights, recorded logits and greedy tokens.
+
+A few small ones lie in tests/data; the others beside the repository, in shared/checkpoints, on machines that have it.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax.checkpoint import load_model, save_model
+from marlin_jax.checkpoint.huggingface import tensor_name
+from marlin_jax.generation.loop import generate_tokens
+from marlin_jax.generation.sampling import Sampling
+from marlin_jax.nnx import QuantLinear
+from marlin_jax.packing import unpack
+
+DATA = Path(__file__).parents[2] / "data"
+ROOTS = [DATA, *(parent / "shared" / "checkpoints" for parent in DATA.parents)]
+# name -> (bits, has zero points, has act-order)
+QUANTIZED = {
+  "gptq-int4-g128-sym": (4, False, False),
+  "gptq-int4-g128-sym-descact": (4, False, True),
+  "gptq-int4-g128-asym": (4, True, False),
+  "gptq-int8-g128-sym": (8, False, False),
+  "awq-int4-g128-gemm": (4, True, False),
+  "ct-int4-g128-sym": (4, False, False),
+  "ct-int4-g128-asym": (4, True, False),
+  "ct-int8-channel-sym": (8, False, False),
+  "marlin-orig-g128": (4, False, False),
+  "hqq-int4-g64-axis1": (4, True, False),
+}
+ALL = pytest.mark.parametrize("name", QUANTIZED)
+
+
+@pytest.fixture
+def folder(name):
+  for root in ROOTS:
+    if (root / name / "config.json").exists():
+      return root / name
+  pytest.skip(f"there is no {name} here")
+
+
+@functools.cache
+def model_in(folder):
+  return load_model(folder, dtype=jnp.float32)
+
+
+def quantized_layers(model) -> dict[str, QuantLinear]:
+  return {tensor_name(p): layer for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)}
+
+
+@ALL
+def test_dequantized_weights_are_the_tools_own(folder):
+  hashes = {}
+  for name, layer in quantized_layers(model_in(folder)).items():
+    w = np.asarray(unpack(layer.packed).dequantize()).T
+    hashes[f"{name}.weight"] = hashlib.sha256(np.ascontiguousarray(w, "<f4").tobytes()).hexdigest()
+  assert hashes == json.loads((folder / "dequant_sha256.json").read_text())
+
+
+@ALL
+def test_the_fields_are_those_that_the_format_needs(name, folder):
+  layers = quantized_layers(model_in(folder)).values()
+  assert len(layers) == 14
+  bits, zeros, act_order = QUANTIZED[name]
+  assert {layer.packed.bits for layer in layers} == {bits}
+  assert any(layer.zeros is not None for layer in layers) == zeros
+  assert any(layer.permutation is not None for layer in layers) == act_order
+
+
+@ALL
+def test_logits_and_greedy_tokens_are_the_recorded_ones(folder):
+  model, recorded = model_in(folder), np.load(folder / "logits_fp32_ref.npz")
+  logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(recorded["input_ids"], jnp.int32))
+  np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
+  rows, length = recorded["input_ids"].shape
+  generated = [[] for _ in range(rows)]
+  for chunk in generate_tokens(
+    model, recorded["input_ids"].tolist(), max_new_tokens=16, sampling=Sampling(), eos_token_ids=(), chunk=16
+  ):
+    for row, tokens in zip(generated, chunk, strict=True):
+      row.extend(tokens)
+  assert generated == recorded["greedy_ids"][:, length:].tolist()
+
+
+@ALL
+def test_saved_in_our_format_it_is_the_same_model(folder, tmp_path):
+  model = model_in(folder)
+  save_model(model, tmp_path / "saved")
+  a, b = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, load_model(tmp_path / "saved", dtype=jnp.float32)))
+  assert a.keys() == b.keys()
+  for path, variable in a.items():
+    np.testing.assert_array_equal(variable[...], b[path][...], err_msg=str(path), strict=True)
