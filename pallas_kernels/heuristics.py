@@ -33,60 +33,83 @@ def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
 
 def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
   """The config of the Hopper kernel for `problem` on a GPU with `num_sms` multiprocessors."""
-  k, n = layout.padded_shape(problem.k, problem.n)
-  several_groups_a_tile = problem.group_size < min(layout.TILE, problem.k)
-  # Two partial sums a tile take more registers than a wide block leaves.
-  largest = 64 if several_groups_a_tile else 128
-  block_m = next(block for block in (8, 16, 32, 64, 128) if problem.m <= block or block == largest)
+  return _hopper_config(problem, *_hopper_partitions(problem, num_sms)[0])
+
+
+def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int, split_k: int) -> HopperConfig:
+  """The config with this partition: as long a step, and as many stages, as were best or as fit."""
+  k, _ = layout.padded_shape(problem.k, problem.n)
+  block_m = _hopper_block_m(problem)
   block_k, num_stages = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (128, 5), 128: (64, 5)}[block_m]
-  if problem.m > 128:
-    num_stages = 4  # 177.8 against 189.3 us with 5, at M=256
-  block_k = min(block_k, k)
+  if split_k > 1 or problem.m > 128:
+    num_stages = (
+      4  # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288; 177.8 against 189.3 at M=256 of 8192 x 28672
+    )
+  # 128 rows: scaled weights are the only way to four warpgroups, and the faster one in pairs up to M=128 (29.2 against
+  # 32.5 us at 14336 x 4096); two warpgroups over more rows scale the sums, of twice as long steps (62.9 us).
+  scale_weights = block_m == 128 and not (warpgroups_k == 2 and problem.m > 128 and problem.bits == 4)
+  if block_m == 128 and not scale_weights:
+    block_k *= 2
+  block_k = min(block_k * warpgroups_k, 512, k)
+  if problem.bits == 8 and block_k > 128 * warpgroups_k:
+    block_k //= 2  # the words of a step take as much as with 4 bits
   if problem.group_size < problem.k:
     while block_k % problem.group_size and problem.group_size % block_k:
       block_k //= 2
-  # Two partial sums of 64 rows spill in more than two warpgroups; 128 rows read x too often in fewer than four.
-  choices = (2,) if block_m == 64 and several_groups_a_tile else (4,) if block_m == 128 else (4, 3, 2)
-  warpgroups, split_k = _partition(choices, -(-problem.m // block_m), k, n, num_sms)
   config = HopperConfig(
     block_m=block_m,
-    num_compute_warpgroups=warpgroups,
+    warpgroups_n=warpgroups_n,
+    warpgroups_k=warpgroups_k,
     block_k=block_k,
     num_stages=2,
     split_k=split_k,
-    # The only way to four warpgroups with 128 rows, and the faster one by 13 %: 96.2 against 110.7 us.
-    scale_weights=block_m == 128,
-    decode_ahead=block_k > layout.TILE,
+    scale_weights=scale_weights,
+    # Two planes of nibbles, 64 rows' sums and the next tile are more than four warpgroups have registers for.
+    decode_ahead=block_k > layout.TILE * warpgroups_k and not (problem.bits == 8 and block_m >= 64),
   )
   groups_per_stage = max(1, block_k // problem.group_size) if problem.group_size < problem.k else 1
-  most = config.max_stages(groups_per_stage)
+  most = config.max_stages(groups_per_stage, problem.bits, problem.zeros)
   return dataclasses.replace(config, num_stages=min(num_stages, most))
 
 
-def _partition(choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms: int) -> tuple[int, int]:
-  """(computing warpgroups, split_k) of the least time."""
-  times = _partition_times(choices, m_blocks, k, n, num_sms)
-  return min(times, key=lambda choice: (times[choice], choice[1]))
+def _hopper_block_m(problem: MatmulProblem) -> int:
+  # Groups of less than a tile take two partial sums, for which 128 rows leave no registers.
+  largest = 64 if problem.group_size < min(layout.TILE, problem.k) else 128
+  return next(block for block in (8, 16, 32, 64, 128) if problem.m <= block or block == largest)
 
 
-def _partition_times(
-  choices: tuple[int, ...], m_blocks: int, k: int, n: int, num_sms: int
-) -> dict[tuple[int, int], int]:
-  """(computing warpgroups, split_k) -> the time that it should take.
+def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, int, int]]:
+  """(warpgroups_n, warpgroups_k, split_k), the one of the least estimated time first.
 
   A program has a multiprocessor to itself, so time goes with waves of programs times what one takes: reading its
-  weights, and a latency to begin and to end. A split costs a second pass. All in bytes that a multiprocessor could
-  read meanwhile, 33 KB a microsecond.
+  weights, and a latency to begin and to end. What is split over K must be summed. All in bytes that a multiprocessor
+  could read meanwhile, 33 KB a microsecond.
   """
-  latency, second_pass = 64 << 10, 40 << 10
+  latency, k_part, cluster = 64 << 10, 4 << 10, 16 << 10
+  k, n = layout.padded_shape(problem.k, problem.n)
+  block_m = _hopper_block_m(problem)
+  choices = [(4, 1), (3, 1), (2, 1), (2, 2), (1, 2), (1, 4)]
+  if block_m == 32:
+    choices.remove((1, 4))  # leaves too few stages
+  if block_m == 64:
+    # Two partial sums of 64 rows spill in more than two warpgroups.
+    choices = [(2, 1), (1, 2)] if problem.group_size < min(layout.TILE, problem.k) else [(4, 1), (3, 1), (2, 1), (1, 2)]
+  if block_m == 128:
+    choices = [(4, 1), (3, 1), (1, 2)]
   times = {}
-  for warpgroups in choices:
-    blocks = m_blocks * -(-n // (layout.TILE * warpgroups))
-    for split_k in range(1, max(1, min(8, k // _SHORTEST_RUN)) + 1):
-      waves = -(-blocks * split_k // num_sms)
-      weights = layout.TILE * warpgroups * -(-k // split_k) // 2
-      times[warpgroups, split_k] = waves * (weights + latency) + (second_pass if split_k > 1 else 0)
-  return times
+  for warpgroups_n, warpgroups_k in choices:
+    blocks = -(-problem.m // block_m) * -(-n // (layout.TILE * warpgroups_n))
+    for split_k in (1, 2, 4):
+      if k // (split_k * warpgroups_k) < _SHORTEST_RUN and split_k * warpgroups_k > 1:
+        continue
+      # Clusters of four do not fill the chip: 32 of them take two turns on an H200.
+      waves = -(-blocks * split_k // (num_sms if split_k < 4 else num_sms * 2 // 3))
+      weights = layout.TILE * warpgroups_n * -(-k // split_k) * problem.bits // 8
+      busy = 1.08 if warpgroups_n * warpgroups_k == 2 else 1.0  # two warpgroups do not quite keep up with memory
+      reducing = k_part * (warpgroups_k - 1) + cluster * (split_k > 1)
+      times[warpgroups_n, warpgroups_k, split_k] = waves * (weights * busy + latency + reducing)
+  best = min(times.values())
+  return [choice for choice in sorted(times, key=times.get) if times[choice] <= _NEAR * best]
 
 
 # implementation -> (problem, multiprocessors) -> config
@@ -108,7 +131,8 @@ def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> lis
       config = dataclasses.replace(first, **change)
       if implementation == "hopper" and "block_k" in change:
         runs = 1 if problem.group_size == problem.k else max(1, config.block_k // problem.group_size)
-        config = dataclasses.replace(config, num_stages=min(8, config.max_stages(runs)))
+        most = config.max_stages(runs, problem.bits, problem.zeros)
+        config = dataclasses.replace(config, num_stages=min(8, most))
     except ValueError:
       continue
     if config not in configs and _fits(config, problem):
@@ -117,12 +141,13 @@ def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> lis
 
 
 def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -> list[list[dict[str, Any]]]:
-  k, n = layout.padded_shape(problem.k, problem.n)
-  times = _partition_times((2, 3, 4), -(-problem.m // first.block_m), k, n, num_sms)
-  near = [choice for choice in sorted(times, key=times.get) if times[choice] < _NEAR * min(times.values())]
-  partitions = [dict(num_compute_warpgroups=warpgroups, split_k=split_k) for warpgroups, split_k in near]
+  partitions = [
+    dataclasses.asdict(_hopper_config(problem, *partition)) for partition in _hopper_partitions(problem, num_sms)
+  ]
   # `candidates` makes it as many stages as shared memory holds.
-  steps = [dict(block_k=b, num_stages=2, decode_ahead=b > layout.TILE) for b in (128, 256, 64, 512)]
+  steps = [
+    dict(block_k=b, num_stages=2, decode_ahead=b > layout.TILE * first.warpgroups_k) for b in (128, 256, 64, 512)
+  ]
   where = [dict(scale_weights=not first.scale_weights)] if first.block_m >= 64 else []
   return [steps, partitions, where]
 
@@ -148,6 +173,7 @@ def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
     return True
   if isinstance(config, HopperConfig):
     runs = max(1, block_k // group_size)
-    if config.num_stages > config.max_stages(runs) or (config.scale_weights and group_size < layout.TILE):
+    most = config.max_stages(runs, problem.bits, problem.zeros)
+    if config.num_stages > most or (config.scale_weights and group_size < layout.TILE):
       return False
   return block_k % group_size == 0 or group_size % block_k == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces of the Hopper kernel that Pallas has no words for: fragments in registers, wgmma, the transposed store.
+"""The pieces of the Hopper kernel that Pallas has no words for: fragments in registers, and wgmma on them.
 
 Everything here is for a warpgroup, 128 threads. `fa` is a private API of JAX: the lowering tests watch it.
 """
@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import layout
 
@@ -22,7 +22,7 @@ _SWIZZLE = 128  # bytes; a row of x in shared memory is 64 values of 16 bits
 X_TRANSFORMS = (plgpu.TilingTransform((8, layout.TILE)), plgpu.SwizzleTransform(_SWIZZLE))
 
 
-def _asm(result_types, operands, text, constraints):
+def asm(result_types, operands, text, constraints):
   """Inline assembly with several results, never moved across other assembly of this kind."""
   if len(result_types) == 1:
     return [llvm.inline_asm(result_types[0], operands, text, constraints, has_side_effects=True)]
@@ -32,47 +32,73 @@ def _asm(result_types, operands, text, constraints):
   return [llvm.extractvalue(t, struct, [i]) for i, t in enumerate(result_types)]
 
 
-def _decode_asm(dtype) -> str:
-  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - 8) (constants: dequant.py)."""
+def asm_void(text, operands=(), constraints=""):
+  """Inline assembly without a result, never moved across other assembly of this kind."""
+  llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
+
+
+def _decode_asm(dtype, zero: int) -> str:
+  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - zero) (constants: dequant.py)."""
   if dtype == jnp.bfloat16:
     # A nibble fits a bf16 mantissa in its lowest four bits only: shift by 4, 8, 12.
-    return """{ .reg .b32 t1, t2, t3, zero;
+    return f"""{{ .reg .b32 t1, t2, t3, zero;
       shr.u32 t1, $4, 4; shr.u32 t2, $4, 8; shr.u32 t3, $4, 12;
       lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, t1, 0x000F000F, 0x43004300, 0xEA;
       lop3.b32 $2, t2, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $3, t3, 0x000F000F, 0x43004300, 0xEA;
-      mov.b32 zero, 0x43084308;
-      sub.bf16x2 $0, $0, zero; sub.bf16x2 $1, $1, zero; sub.bf16x2 $2, $2, zero; sub.bf16x2 $3, $3, zero; }"""
-  # The ten mantissa bits of fp16 hold it in bits 4..7 as well: 1024 + 16 v, then * 1/16 - (64 + 8).
-  return """{ .reg .b32 t, zero, sixteenth, zero16;
+      mov.b32 zero, {_pair(128 + zero, dtype)};
+      sub.bf16x2 $0, $0, zero; sub.bf16x2 $1, $1, zero; sub.bf16x2 $2, $2, zero; sub.bf16x2 $3, $3, zero; }}"""
+  # The ten mantissa bits of fp16 hold it in bits 4..7 as well: 1024 + 16 v, then * 1/16 - (64 + zero).
+  return f"""{{ .reg .b32 t, zero, sixteenth, zero16;
     shr.u32 t, $4, 8;
     lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
     lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, t, 0x00F000F0, 0x64006400, 0xEA;
-    mov.b32 zero, 0x64086408; mov.b32 sixteenth, 0x2C002C00; mov.b32 zero16, 0xD480D480;
+    mov.b32 zero, {_pair(1024 + zero, dtype)}; mov.b32 sixteenth, {_pair(1 / 16, dtype)};
+    mov.b32 zero16, {_pair(-64 - zero, dtype)};
     sub.f16x2 $0, $0, zero; fma.rn.f16x2 $1, $1, sixteenth, zero16;
-    sub.f16x2 $2, $2, zero; fma.rn.f16x2 $3, $3, sixteenth, zero16; }"""
+    sub.f16x2 $2, $2, zero; fma.rn.f16x2 $3, $3, sixteenth, zero16; }}"""
 
 
-def decode_tile(words, dtype):
-  """1024 int16 words -> the (64 n, 64 k) tile of (nibble - 8) as a wgmma A fragment."""
+def _pair(value: int | float, dtype) -> str:
+  """A PTX literal of two 16-bit floats in a register."""
+  bits = int(np.asarray(value, dtype).view(np.uint16))
+  return f"0x{bits << 16 | bits:08X}"
+
+
+def decode_tile(planes, dtype, *, middle: bool):
+  """The (64 n, 64 k) tile of codes as a wgmma A fragment, exact in bfloat16 and float16.
+
+  Args:
+    planes: 1024 int16 words of nibbles (layout.py); or two of them, the high and the low nibbles of codes of 8 bits.
+    middle: whether the middle code, 8 or 128, is to be zero; otherwise zero is the code 0.
+  """
 
   @plgpu.inline_mgpu(
-    arg_types=(WORDS,), return_type=plgpu.ShapeDtypeStruct((layout.TILE, layout.TILE), dtype, layout=Layout.WGMMA)
+    arg_types=(WORDS,) * len(planes),
+    return_type=plgpu.ShapeDtypeStruct((layout.TILE, layout.TILE), dtype, layout=Layout.WGMMA),
   )
-  def decode(ctx, words):
+  def decode(ctx, *planes):
     del ctx
     i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
-    (vec,) = words.registers.flat
-    vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
+
+    def nibbles(words, zero):
+      (vec,) = words.registers.flat
+      vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
+      text = _decode_asm(dtype, zero)
+      return [p for j in range(4) for p in asm([i32] * 4, [vector.extract(vec, [], [j])], text, "=&r,=&r,=&r,=&r,r")]
+
+    pairs = nibbles(planes[0], 8 if middle else 0)
+    if len(planes) == 2:
+      # code - 128 = 16 (high - 8) + low: every term is an integer of at most 8 bits.
+      kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+      text = f"{{ .reg .b32 sixteen; mov.b32 sixteen, {_pair(16, dtype)}; fma.rn.{kind} $0, $1, sixteen, $2; }}"
+      low = nibbles(planes[1], 0)
+      pairs = [asm([i32], [h, l], text, "=r,r,r")[0] for h, l in zip(pairs, low, strict=True)]
     registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((layout.TILE, layout.TILE)), dtype=object)
-    pairs = []
-    for j in range(4):
-      word = vector.extract(vec, [], [j])
-      pairs += _asm([i32] * 4, [word], _decode_asm(dtype), "=&r,=&r,=&r,=&r,r")
     registers.flat[:] = [mgpu.utils.bitcast(p, pair) for p in pairs]
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-  return decode(words)
+  return decode(*planes)
 
 
 def _scalars(array):
@@ -108,7 +134,7 @@ def mma_issue(w, x_smem, acc, *, k_steps=(0, 4)):
     )
     fragment = [mgpu.utils.bitcast(pair, i32) for pair in w.registers.flat]
     sums = None if acc is None else _scalars(acc)
-    _asm_void("wgmma.fence.sync.aligned;")
+    asm_void("wgmma.fence.sync.aligned;")
     for step in range(*k_steps):
       a = fragment[4 * step : 4 * step + 4]
       b = arith.addi(descriptor, mgpu.c(2 * step, i64))  # 16 values are 32 bytes; the address counts sixteens
@@ -121,18 +147,14 @@ def mma_issue(w, x_smem, acc, *, k_steps=(0, 4)):
       )
       tied = "" if sums is None else "," + ",".join(str(i) for i in range(count))
       constraints = ",".join(["=f"] * count) + tied + ",r,r,r,r,l"
-      sums = _asm([f32] * count, [*(sums or []), *a, b], text, constraints)
-    _asm_void("wgmma.commit_group.sync.aligned;")
+      sums = asm([f32] * count, [*(sums or []), *a, b], text, constraints)
+    asm_void("wgmma.commit_group.sync.aligned;")
     return _accumulator(sums, shape)
 
   arg_types = (Layout.WGMMA, plgpu.RefType(X_TRANSFORMS)) + (() if acc is None else (Layout.WGMMA,))
   out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=Layout.WGMMA)
   args = (w, x_smem) if acc is None else (w, x_smem, acc)
   return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(issue)(*args)
-
-
-def _asm_void(text):
-  llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
 
 
 def mma_wait(*accs):
@@ -144,32 +166,10 @@ def mma_wait(*accs):
     scalars = [s for acc in accs for s in _scalars(acc)]
     count = len(scalars)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
-    done = _asm([ir.F32Type.get()] * count, scalars, "wgmma.wait_group.sync.aligned 0;", constraints)
+    done = asm([ir.F32Type.get()] * count, scalars, "wgmma.wait_group.sync.aligned 0;", constraints)
     each = count // len(accs)
     return tuple(_accumulator(done[i * each : (i + 1) * each], shape) for i in range(len(accs)))
 
   out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=Layout.WGMMA)
   types = (Layout.WGMMA,) * len(accs)
   return plgpu.inline_mgpu(arg_types=types, return_type=(out,) * len(accs))(wait)(*accs)
-
-
-def store_transposed(acc, y_smem):
-  """y_smem[m, n] = acc[n, m], element by element: once a program, and row-major is what TMA clips at any M and N."""
-
-  def store(ctx, acc, y_ref):
-    del ctx
-    index = ir.IndexType.get()
-    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, ir.IntegerType.get_signless(32)))
-    thread = arith.index_cast(index, thread)
-    lane = arith.remui(thread, mgpu.c(32, index))
-    row = arith.addi(
-      arith.muli(arith.divui(thread, mgpu.c(32, index)), mgpu.c(16, index)), arith.divui(lane, mgpu.c(4, index))
-    )
-    column = arith.muli(arith.remui(lane, mgpu.c(4, index)), mgpu.c(2, index))
-    for i, pair in enumerate(acc.registers.flat):
-      n = arith.addi(row, mgpu.c(8 * (i % 2), index))
-      for e in range(2):
-        m = arith.addi(column, mgpu.c(8 * (i // 2) + e, index))
-        memref.store(vector.extract(pair, [], [e]), y_ref, [m, n])
-
-  plgpu.inline_mgpu(arg_types=(Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)

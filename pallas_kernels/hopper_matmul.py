@@ -13,18 +13,12 @@ from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
 from pallas_kernels.hardware import H200, Device
-from pallas_kernels.hopper_fragments import (
-  WORDS,
-  X_TRANSFORMS,
-  decode_tile,
-  mma_issue,
-  mma_wait,
-  store_transposed,
-)
+from pallas_kernels.hopper_fragments import WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
+from pallas_kernels.hopper_reduce import PITCH, store_partial, write_rows
 from pallas_kernels.problem import MatmulProblem
 
 _COPY_REGISTERS = 32
-_LAUNCH_REGISTERS = {3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
+_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,18 +27,21 @@ class HopperConfig:
 
   Attributes:
     block_m: rows of x, the N of the matrix instruction.
-    num_compute_warpgroups: each owns 64 columns; one more warpgroup copies.
+    warpgroups_n: columns of a program, in tiles of 64.
+    warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
     block_k: k per pipeline stage.
     num_stages: stages in shared memory.
-    split_k: programs that share one output block; each sums a run of K, a second pass adds the runs in order.
+    split_k: programs that share one output block, a cluster of as many; each sums a run of K.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
-    decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage: with one,
-      both fragments would be the same loop-carried registers, and ptxas serialises the kernel (its note C7513).
+    decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
+      warpgroup: with one, both fragments would be the same loop-carried registers, and ptxas serialises the kernel
+      (its note C7513).
   """
 
   block_m: int
-  num_compute_warpgroups: int
+  warpgroups_n: int
+  warpgroups_k: int = 1
   block_k: int
   num_stages: int
   split_k: int = 1
@@ -53,14 +50,21 @@ class HopperConfig:
 
   def __post_init__(self):
     for name, allowed in dict(
-      block_m=(8, 16, 32, 64, 128, 256), num_compute_warpgroups=(2, 3, 4), block_k=(64, 128, 256, 512)
+      block_m=(8, 16, 32, 64, 128, 256),
+      warpgroups_n=(1, 2, 3, 4),
+      warpgroups_k=(1, 2, 4),
+      block_k=(64, 128, 256, 512),
+      split_k=(1, 2, 4),
     ).items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
-    if self.split_k < 1 or self.num_stages < 2:
-      raise ValueError(f"split_k={self.split_k} must be at least 1 and num_stages={self.num_stages} at least 2")
-    if self.decode_ahead and self.block_k == layout.TILE:
-      raise ValueError(f"decode_ahead needs block_k={self.block_k} to be at least {2 * layout.TILE}")
+    if self.compute_warpgroups > 4:
+      raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
+    if self.num_stages < 2:
+      raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+    least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
+    if self.block_k < least:
+      raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
     if self.num_stages > self.max_stages():
       raise ValueError(
         f"num_stages={self.num_stages} of {self} must be at most {self.max_stages()} to fit shared memory"
@@ -71,9 +75,19 @@ class HopperConfig:
       raise ValueError(f"{self} needs some {needed} registers a thread; {self.compute_registers} can be had")
 
   @property
+  def compute_warpgroups(self) -> int:
+    """Warpgroups that compute."""
+    return self.warpgroups_n * self.warpgroups_k
+
+  @property
   def block_n(self) -> int:
     """Columns of one program."""
-    return layout.TILE * self.num_compute_warpgroups
+    return layout.TILE * self.warpgroups_n
+
+  @property
+  def reduces(self) -> bool:
+    """Whether a block is a sum over warpgroups or programs."""
+    return self.warpgroups_k * self.split_k > 1
 
   @property
   def compute_registers(self) -> int:
@@ -83,15 +97,16 @@ class HopperConfig:
     warpgroups exceeds what the program was launched with, which is the register file divided by its threads and
     rounded down to a multiple of 8.
     """
-    warpgroups = self.num_compute_warpgroups + 1
+    warpgroups = self.compute_warpgroups + 1
     pool = warpgroups * _LAUNCH_REGISTERS[warpgroups]
-    return min(240, (pool - _COPY_REGISTERS) // self.num_compute_warpgroups // 8 * 8)
+    return min(240, (pool - _COPY_REGISTERS) // self.compute_warpgroups // 8 * 8)
 
-  def max_stages(self, groups_per_stage: int = 1) -> int:
+  def max_stages(self, groups_per_stage: int = 1, bits: int = 4, zeros: bool = False) -> int:
     """Stages that fit into shared memory beside the output block and the barriers, with float32 scales."""
-    words = self.block_n * self.block_k // 2
-    stage = words + self.block_m * self.block_k * 2 + groups_per_stage * self.block_n * 4
-    y = self.block_m * self.block_n * (2 if self.split_k == 1 else 4)
+    words = self.block_n * self.block_k * bits // 8
+    stage = words + self.block_m * self.block_k * 2 + groups_per_stage * self.block_n * (6 if zeros else 4)
+    size = 4 if self.reduces else 2
+    y = self.compute_warpgroups * self.block_m * PITCH[size] * size
     return (H200.shared_memory - y - 2048) // stage
 
 
@@ -103,33 +118,38 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
   if not any(name in device.kind for name in ("H100", "H200", "H20", "H800", "GH200")):
     return f"it runs on Hopper GPUs (compute capability 9.0), and {device.kind!r} is none that it knows"
-  if problem.bits != 4 or problem.zeros:
-    return f"it takes 4 bits without zero points, not bits={problem.bits}, zeros={problem.zeros}"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if max(problem.k * problem.n // 4, problem.m * problem.k, problem.m * problem.n) >= 2**31:
     return "an operand of 2^31 elements or more is not tested"
   if problem.group_size != 32 and problem.group_size % 64 and problem.group_size != problem.k:
     return f"group_size={problem.group_size} must be 32, a multiple of 64 or the whole column"
+  if problem.zeros and problem.group_size < min(layout.TILE, problem.k):
+    return f"zero points need groups of at least {layout.TILE}, not group_size={problem.group_size}"
   return None
 
 
-def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full, empty, *, config, problem, k_tiles):
-  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
+def _kernel(*refs, config, problem, k_tiles):
+  """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]).
 
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
 
-    copying warpgroup       wait for `empty`, start three TMA copies (words, x, scales) that arrive on `full`
+    copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
     computing warpgroup     wgmma of tile t on 64 columns . x^T   (asynchronous)
-      (one for each            decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
-      64 columns)           wait for tile t; after the last tile of a group, sum += partial * scale
+      (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
+      and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
+      every stage's k
+    the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
+                              rows in the order of K and writes it (hopper_reduce.py)
 
-  Out of range, TMA reads zeros: x and scales are zero there, whatever the codes. It writes no rows beyond M.
+  Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
+  x_gmem, w_gmem, s_gmem, *z_gmem, y_gmem, x_smem, w_smem, s_smem, z_smem, y_smem, full, empty, ready, done = refs
   c = config
-  compute_wgs, stages = c.num_compute_warpgroups, c.num_stages
-  tiles = c.block_k // layout.TILE
-  wg, nb, mb, sk = (lax.axis_index(name) for name in ("wg", "n", "m", "k"))
+  stages, tiles = c.num_stages, c.block_k // layout.TILE
+  tiles_each = tiles // c.warpgroups_k
+  wg, nb, mb = (lax.axis_index(name) for name in ("wg", "n", "m"))
+  sk = lax.axis_index("k") if c.split_k > 1 else 0
   steps_total = -(-k_tiles // tiles)
   steps_each = -(-steps_total // c.split_k)
   first_step = sk * steps_each
@@ -138,7 +158,7 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
   runs = max(1, c.block_k // group_size)  # scale groups in a step
   dtype = problem.dtype
 
-  @pl.when(wg == compute_wgs)
+  @pl.when(wg == c.compute_warpgroups)
   def copy():
     plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
@@ -151,7 +171,9 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
         plgpu.barrier_wait(empty.at[stage])
 
       plgpu.copy_gmem_to_smem(
-        w_gmem.at[pl.ds(nb * compute_wgs, compute_wgs), pl.ds(step * tiles, tiles)], w_smem.at[stage], full.at[stage]
+        w_gmem.at[pl.ds(nb * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)],
+        w_smem.at[stage],
+        full.at[stage],
       )
       plgpu.copy_gmem_to_smem(
         x_gmem.at[pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)],
@@ -159,58 +181,68 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
         full.at[stage],
       )
       group = 0 if problem.group_size == problem.k else step * c.block_k // group_size
-      plgpu.copy_gmem_to_smem(
-        s_gmem.at[pl.ds(group, runs), pl.ds(nb * c.block_n, c.block_n)], s_smem.at[stage], full.at[stage]
-      )
+      for gmem, smem in ((s_gmem, s_smem), *((z, z_smem) for z in z_gmem)):
+        plgpu.copy_gmem_to_smem(
+          gmem.at[pl.ds(group, runs), pl.ds(nb * c.block_n, c.block_n)], smem.at[stage], full.at[stage]
+        )
 
-  @pl.when(wg < compute_wgs)
+  @pl.when(wg < c.compute_warpgroups)
   def compute():
     plgpu.set_max_registers(c.compute_registers, action="increase")
+    column_tile, part = (wg, 0) if c.warpgroups_k == 1 else (lax.div(wg, c.warpgroups_k), lax.rem(wg, c.warpgroups_k))
+    first_tile = part * tiles_each  # of those of a stage, this warpgroup's
 
     def fragment(stage, tile):
       with jax.named_scope("dequantize"):
-        words = plgpu.load(w_smem.at[stage, wg, tile], layout=WORDS)
-        w = decode_tile(words, dtype)
-        return w * scale_of(stage, tile * layout.TILE, w.shape).astype(dtype) if c.scale_weights else w
+        planes = [
+          plgpu.load(w_smem.at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
+          for plane in range(problem.bits // 4)
+        ]
+        w = decode_tile(planes, dtype, middle=not problem.zeros)
+        if problem.zeros:
+          w -= of_group(z_smem, stage, tile * layout.TILE, w.shape)
+        return w * of_group(s_smem, stage, tile * layout.TILE, w.shape).astype(dtype) if c.scale_weights else w
 
-    def scale_of(stage, k, shape):
-      row = 0 if runs == 1 else k // group_size
-      s = plgpu.load(
-        s_smem.at[stage, row, pl.ds(wg * layout.TILE, layout.TILE)],
+    def of_group(ref, stage, k, shape):
+      """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
+      k += first_tile * layout.TILE
+      row = 0 if runs == 1 else k // group_size if c.warpgroups_k == 1 else lax.div(k, group_size)
+      values = plgpu.load(
+        ref.at[stage, row, pl.ds(column_tile * layout.TILE, layout.TILE)],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
-      return lax.broadcast_in_dim(s if c.scale_weights else s.astype(jnp.float32), shape, [0])
+      return lax.broadcast_in_dim(values, shape, [0])
 
     def multiply(stage, acc, w, following):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
       partial = acc if c.scale_weights else None
-      for tile in range(tiles):
-        x = x_smem.at[stage, :, pl.ds(tile * layout.TILE, layout.TILE)]
+      for tile in range(tiles_each):
+        x = x_smem.at[stage, :, pl.ds((first_tile + tile) * layout.TILE, layout.TILE)]
         if group_size < layout.TILE:
           started = [mma_issue(w, x, None, k_steps=(2 * half, 2 * half + 2)) for half in range(2)]
         else:
           started = [mma_issue(w, x, partial)]
 
         def decode_next(tile=tile):
-          if tile + 1 < tiles:
+          if tile + 1 < tiles_each:
             return fragment(stage, tile + 1)
           return None if following is None else following()
 
         if c.decode_ahead:
           w = decode_next()
-        done = mma_wait(*started)
+        done_tiles = mma_wait(*started)
         if not c.decode_ahead:
           w = decode_next()
         end = (tile + 1) * layout.TILE
         if c.scale_weights:
-          acc = partial = done[0]
-        elif len(done) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles:
-          for half, part in enumerate(done):
-            acc += part * scale_of(stage, tile * layout.TILE + 32 * half, part.shape)
+          acc = partial = done_tiles[0]
+        elif len(done_tiles) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each:
+          for half, sums in enumerate(done_tiles):
+            acc += sums * of_group(s_smem, stage, tile * layout.TILE + 32 * half, sums.shape).astype(jnp.float32)
           partial = None
         else:
-          partial = done[0]
+          partial = done_tiles[0]
       return acc, w
 
     def release(t, stage):
@@ -236,17 +268,24 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
     acc, w = lax.fori_loop(0, steps - 1, step, (zero, fragment(0, 0)))
     acc, _ = multiply(lax.rem(steps - 1, stages), acc, w, None)
 
-    # Columns beyond N are not left to TMA to clip: where N is one tile wide, a copy beside it lands in the next row.
-    @pl.when((nb * compute_wgs + wg) * layout.TILE < y_gmem.shape[2])
-    @jax.named_scope("store")
-    def _():
-      tile = y_smem.at[wg]
-      store_transposed(acc.astype(y_gmem.dtype), tile)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(
-        tile, y_gmem.at[sk, pl.ds(mb * c.block_m, c.block_m), pl.ds((nb * compute_wgs + wg) * layout.TILE, layout.TILE)]
+    with jax.named_scope("reduce"):
+      store_partial(acc.astype(y_smem.dtype), y_smem.at[wg], across_programs=c.split_k > 1)
+      if c.reduces:
+        plgpu.barrier_arrive(ready.at[column_tile])
+        plgpu.barrier_wait(ready.at[column_tile])
+      write_rows(
+        y_smem,
+        y_gmem,
+        slot=column_tile * c.warpgroups_k,
+        share=sk * c.warpgroups_k + part,
+        first_row=mb * c.block_m,
+        first_column=nb * c.block_n + column_tile * layout.TILE,
+        slots=c.warpgroups_k,
+        programs=c.split_k,
       )
-      plgpu.wait_smem_to_gmem(0)
+      if c.split_k > 1:  # its shared memory must outlive the reads of the others
+        plgpu.barrier_arrive(done.at[column_tile])
+        plgpu.barrier_wait(done.at[column_tile])
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace, one lowering and one compilation
@@ -254,17 +293,19 @@ def _kernel(x_gmem, w_gmem, s_gmem, y_gmem, x_smem, w_smem, s_smem, y_smem, full
 @functools.partial(jax.jit, static_argnames=("config",))
 def matmul_hopper(
   x: Float[Array, "M K"],
-  qweight: Int16[Array, "N_tiles K_tiles 32 32"],
+  qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
+  zeros: Float[Array, "G N"] | None = None,
   *,
   config: HopperConfig,
 ) -> Float[Array, "M N"]:
-  """y = x @ (scales * (codes - 8)), dequantized in registers, accumulated in float32; the same bits at every call.
+  """y = x @ (scales * (codes - zeros)), dequantized in registers, accumulated in float32; the same bits at every call.
 
   Args:
     x: bfloat16 or float16; M at least 1.
-    qweight: packed codes (layout.py).
+    qweight: packed codes of 4 or 8 bits (layout.py).
     scales: G = K / group_size rows, G = 1 for one group per column.
+    zeros: zero points, like scales, rounded to x's dtype; None is the middle code.
     config: block sizes; see HopperConfig.
 
   Raises:
@@ -272,49 +313,54 @@ def matmul_hopper(
       of 32; or the stages do not fit into shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
+  n_tiles, k_tiles, rows, _ = qweight.shape
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=rows // 8, zeros=zeros is not None)
   if groups > 1 and config.block_k % problem.group_size and problem.group_size % config.block_k:
     raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
   if groups > 1 and problem.group_size < layout.TILE and config.scale_weights:
     raise ValueError(f"scale_weights needs groups of at least {layout.TILE}, not group_size={problem.group_size}")
   runs = max(1, config.block_k // _group_size(problem, config))
-  if config.num_stages > config.max_stages(runs):
-    raise ValueError(f"{config} with {runs} groups a stage has shared memory for {config.max_stages(runs)} stages")
-  n_tiles, k_tiles, _, _ = qweight.shape
+  most = config.max_stages(runs, problem.bits, problem.zeros)
+  if config.num_stages > most:
+    raise ValueError(f"{config} with {runs} groups a stage and {problem.bits} bits has shared memory for {most} stages")
   c = config
-  tiles = c.block_k // layout.TILE
-  steps = -(-k_tiles // tiles)
-  c = dataclasses.replace(c, split_k=-(-steps // -(-steps // c.split_k)))  # every run has a step
+  tiles, planes = c.block_k // layout.TILE, problem.bits // 4
+  if -(-k_tiles // tiles) < c.split_k:
+    raise ValueError(f"split_k={c.split_k} must be at most the steps of block_k={c.block_k} in K={k}")
   # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
   x = _pad(x, 8 if m > 8 else 1, layout.TILE)
-  scales = _pad(scales, 1, 8)
-  y_dtype = x.dtype if c.split_k == 1 else jnp.float32
+  per_group = [_pad(scales, 1, 8)] + ([] if zeros is None else [_pad(zeros.astype(x.dtype), 1, 8)])
   SMEM, stages = plgpu.SMEM, c.num_stages
-  wgs = c.num_compute_warpgroups
+  y_dtype = jnp.dtype(jnp.float32) if c.reduces else x.dtype
+  barrier = plgpu.Barrier
+  if c.split_k > 1:
+    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("k",))
   y = plgpu.kernel(
     functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles),
-    out_type=jax.ShapeDtypeStruct((c.split_k, m, scales.shape[1]), y_dtype),
-    scratch_types=dict(
-      x_smem=SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
-      w_smem=SMEM((stages, wgs, tiles, 8, 128), jnp.int16),
-      s_smem=SMEM((stages, runs, c.block_n), scales.dtype),
-      y_smem=SMEM((wgs, c.block_m, layout.TILE), y_dtype),
-      full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-      empty=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-    ),
-    grid=(-(-n_tiles // wgs), -(-m // c.block_m), c.split_k),
-    grid_names=("n", "m", "k"),
-    num_threads=wgs + 1,
+    out_type=jax.ShapeDtypeStruct((m, per_group[0].shape[1]), x.dtype),
+    scratch_types=[
+      SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
+      SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
+      SMEM((stages, runs, c.block_n), scales.dtype),
+      SMEM((stages, runs, c.block_n) if problem.zeros else (1, 1, 8), x.dtype),
+      SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype),
+      plgpu.Barrier(num_arrivals=2 + len(per_group), num_barriers=stages),
+      plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
+      barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
+      barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
+    ],
+    grid=(-(-n_tiles // c.warpgroups_n), -(-m // c.block_m)),
+    grid_names=("n", "m"),
+    cluster=(c.split_k,) if c.split_k > 1 else (),
+    cluster_names=("k",) if c.split_k > 1 else (),
+    num_threads=c.compute_warpgroups + 1,
     thread_name="wg",
-    kernel_name="w4a16_hopper",
+    kernel_name="w4a16_hopper" if problem.bits == 4 else "w8a16_hopper",
     compiler_params=plgpu.CompilerParams(
       unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
-  )(x, qweight.reshape(n_tiles, k_tiles, 8, 128), scales)
-  if c.split_k > 1:
-    # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.
-    y = y.sum(0, keepdims=True).astype(x.dtype)
-  return y[0, :, :n]
+  )(x, qweight.reshape(n_tiles, k_tiles, planes, 8, 128), *per_group)
+  return y[:, :n]
 
 
 def _group_size(problem: MatmulProblem, config: HopperConfig) -> int:

@@ -98,5 +98,5 @@ def matmul(
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, config=config)
+    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, config=config)
   return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)

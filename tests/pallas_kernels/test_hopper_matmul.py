@@ -17,25 +17,28 @@ from tests.pallas_kernels import problems
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 H200 = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
-CONFIG = HopperConfig(block_m=16, num_compute_warpgroups=4, block_k=128, num_stages=4)
+CONFIG = HopperConfig(block_m=16, warpgroups_n=4, block_k=128, num_stages=4)
 VARIANTS = [
   dict(),
-  dict(num_compute_warpgroups=2),
-  dict(num_compute_warpgroups=3, num_stages=2),
+  dict(warpgroups_n=2),
+  dict(warpgroups_n=3, num_stages=2),
   dict(block_k=64, decode_ahead=False),
   dict(block_k=256),
   dict(decode_ahead=False),
-  dict(split_k=3),
-  dict(split_k=2, num_compute_warpgroups=2),
+  dict(split_k=2),
+  dict(split_k=4, warpgroups_n=2, block_m=8),
+  dict(warpgroups_n=2, warpgroups_k=2, block_k=256),
+  dict(warpgroups_n=1, warpgroups_k=4, split_k=2, decode_ahead=False, block_k=256),
   dict(scale_weights=True),
 ]
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 
 
-def shapes(m, k, n, group_size, dtype):
+def shapes(m, k, n, group_size, dtype, bits=4, zeros=False):
   shape = jax.ShapeDtypeStruct
-  return shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
+  groups = [shape((k // group_size, n), dtype)] * (1 + zeros)
+  return shape((m, k), dtype), shape(layout.qweight_shape(k, n, bits), jnp.int16), *groups
 
 
 def assert_fast_path(text, dtype, block_m):
@@ -57,11 +60,23 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, m, 
 
 
 @needs_jax_0_11
+@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("m, n", [(16, 1088), (64, 16384), (128, 16384)])
+def test_zero_points_and_8_bits_lower_for_an_h200(lower_for_h200, m, n, bits, zeros):
+  problem = MatmulProblem(m=m, n=n, k=1024, group_size=128, dtype=BF16, bits=bits, zeros=zeros)
+  config = hopper_config(problem, num_sms=132)
+  text = lower_for_h200(
+    functools.partial(matmul_hopper, config=config), *shapes(m, 1024, n, 128, BF16, bits=bits, zeros=zeros)
+  )
+  assert_fast_path(text, "bf16", config.block_m)
+
+
+@needs_jax_0_11
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
 def test_every_kind_of_config_lowers_for_an_h200(lower_for_h200, change):
   config = dataclasses.replace(CONFIG, **change)
   text = lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(16, 1024, 1088, 128, BF16))
-  assert_fast_path(text, "bf16", 16)
+  assert_fast_path(text, "bf16", config.block_m)
 
 
 @needs_jax_0_11
@@ -88,7 +103,7 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
   # A second warpgroup has no columns here; its rows, copied beside the tile, would be the tile's next rows.
   x, codes, scales = problems.random(rng, 16, k, 64, k // group_size, BF16)
   config = dataclasses.replace(
-    CONFIG, num_compute_warpgroups=2, block_k=128 if group_size > 32 else 64, decode_ahead=group_size > 32
+    CONFIG, warpgroups_n=2, block_k=128 if group_size > 32 else 64, decode_ahead=group_size > 32
   )
   run = jax.jit(functools.partial(matmul_hopper, config=config))
   for _ in range(50):
@@ -99,11 +114,13 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
   "change, message",
   [
     (dict(block_m=24), "block_m=24 must be one of"),
-    (dict(num_compute_warpgroups=5), "num_compute_warpgroups=5 must be one of"),
+    (dict(warpgroups_n=5), "warpgroups_n=5 must be one of"),
+    (dict(warpgroups_k=2), "warpgroups_n=4 times warpgroups_k=2 must be at most 4"),
+    (dict(warpgroups_n=1, warpgroups_k=4, block_k=256), "block_k=256 must be at least 512"),
     (dict(block_k=192), "block_k=192 must be one of"),
-    (dict(split_k=0), "split_k=0 must be at least 1"),
-    (dict(num_stages=1), "num_stages=1 at least 2"),
-    (dict(block_k=64), "decode_ahead needs block_k=64 to be at least 128"),
+    (dict(split_k=3), "split_k=3 must be one of"),
+    (dict(num_stages=1), "num_stages=1 must be at least 2"),
+    (dict(block_k=64), "block_k=64 must be at least 128"),
     (dict(num_stages=40), "num_stages=40 of .* must be at most 10 to fit shared memory"),
     (dict(block_m=128, num_stages=2), "needs some 176 registers a thread; 112 can be had"),
   ],
@@ -113,12 +130,12 @@ def test_a_config_checks_itself(change, message):
     dataclasses.replace(CONFIG, **change)
 
 
-@pytest.mark.parametrize("warpgroups, registers", [(2, 232), (3, 160), (4, 112)])
+@pytest.mark.parametrize("warpgroups, registers", [(1, 240), (2, 232), (3, 160), (4, 112)])
 def test_registers_never_exceed_what_the_launch_gave(warpgroups, registers):
   # Asked for more, the GPU waits for ever: four warpgroups at 112 and one at 40 hang, 104 and 40 do not.
-  config = dataclasses.replace(CONFIG, num_compute_warpgroups=warpgroups)
+  config = dataclasses.replace(CONFIG, warpgroups_n=warpgroups)
   assert config.compute_registers == registers
-  launched = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+  launched = min(256, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
   assert warpgroups * registers + 32 <= (warpgroups + 1) * launched
 
 
@@ -147,17 +164,27 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
     (dict(), dataclasses.replace(H200, kind="NVIDIA A100-SXM4-80GB"), "'NVIDIA A100-SXM4-80GB' is none"),
     (dict(dtype=jnp.dtype(jnp.float32)), H200, "not float32"),
     (dict(group_size=96), H200, "group_size=96 must be 32, a multiple of 64"),
+    (dict(group_size=32, zeros=True), H200, "zero points need groups of at least 64, not group_size=32"),
   ):
     assert message in unsupported_reason(dataclasses.replace(problem, **change), device)
 
 
+def test_a_split_needs_as_many_steps():
+  arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 128, 64, 128, BF16)]
+  with pytest.raises(ValueError, match="split_k=2 must be at most the steps of block_k=128 in K=128"):
+    matmul_hopper(*arrays, config=dataclasses.replace(CONFIG, split_k=2))
+
+
 def test_heuristics_give_a_legal_config_for_every_problem():
   sizes = ((1, 1), (128, 64), (8192, 28672), (14336, 4096), (4096, 1088), (4096, 12288))
-  for m, (k, n), group_size, num_sms in itertools.product(
-    (1, 9, 17, 33, 65, 257, 4096), sizes, (32, 64, 128, None), (78, 132)
+  for m, (k, n), group_size, num_sms, bits, zeros in itertools.product(
+    (1, 9, 17, 33, 65, 257, 4096), sizes, (32, 64, 128, None), (78, 132), (4, 8), (False, True)
   ):
     group_size = k if group_size is None or k % group_size else group_size
-    config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16), num_sms)
-    assert 2 <= config.num_stages <= config.max_stages(max(1, config.block_k // group_size) if group_size < k else 1)
+    config = hopper_config(
+      MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16, bits=bits, zeros=zeros), num_sms
+    )
+    runs = max(1, config.block_k // group_size) if group_size < k else 1
+    assert 2 <= config.num_stages <= config.max_stages(runs, bits, zeros)
     assert group_size == k or group_size % config.block_k == 0 or config.block_k % group_size == 0
     assert config.split_k == 1 or k // config.split_k >= 512

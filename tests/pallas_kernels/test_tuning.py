@@ -19,7 +19,7 @@ BF16 = jnp.dtype(jnp.bfloat16)
 H200 = Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
 PROBLEM = MatmulProblem(m=13, n=384, k=1024, group_size=128, dtype=BF16)
 # Configs that no heuristic gives for the problem.
-HOPPER = HopperConfig(block_m=32, num_compute_warpgroups=2, block_k=128, num_stages=3, split_k=5)
+HOPPER = HopperConfig(block_m=32, warpgroups_n=2, block_k=128, num_stages=3, split_k=4)
 TRITON = TritonConfig(block_m=64, block_n=128, block_k=64, split_k=3, num_warps=8, num_stages=2)
 ROW = tuning.TunedRow(
   implementation="triton",
