@@ -17,7 +17,6 @@ from marlin_jax.bench.profile import profile
 from marlin_jax.bench.shapes import abstract_model, nbytes, random_model
 from marlin_jax.bench.timing import measure_ceilings
 from marlin_jax.generation.loop import Choice, DecodeState, decode, prefill
-from marlin_jax.generation.sampling import GREEDY
 from marlin_jax.generation.weights import split
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
@@ -25,9 +24,9 @@ from marlin_jax.quantized import QuantSpec
 from pallas_kernels import current_device
 
 BATCHES = (1, 4, 16, 64, 128)
-CHUNK = 32  # steps between two visits to the host
+_LONGEST_CHUNK = 32  # steps between two visits to the host
 _ROUNDS = 3
-_CHOICE = Choice(settings=GREEDY.arrays(), eos=np.full(4, -1, np.int32))  # greedy, and no token ends a row
+_CHOICE = Choice(settings=None, eos=np.full(4, -1, np.int32))  # greedy, and no token ends a row
 
 
 def bench_model(
@@ -98,7 +97,7 @@ def bench_model(
           speedup=same[0]["step_ms"] / step if same else math.nan,
           weights_gb=size / 1e9,
           bytes_per_second=ceilings[0],
-          chunk=CHUNK,
+          chunk=_chunk(new_tokens),
           device=device.kind,
           jax_version=jax.__version__,
           date=datetime.date.today().isoformat(),
@@ -131,10 +130,16 @@ def _dense_shapes(config: ModelConfig) -> list[tuple[int, int]]:
   return layer * config.num_layers + [(hidden, config.vocab_size)]
 
 
+def _chunk(new_tokens: int) -> int:
+  """The longest chunk that divides the steps, so that all steps are asked for."""
+  return max(chunk for chunk in range(1, _LONGEST_CHUNK + 1) if (new_tokens - 1) % chunk == 0)
+
+
 def _measure(model: Decoder, batch: int, prompt_tokens: int, new_tokens: int, profiled: bool) -> dict[str, float]:
   structure, weights = split(model)
   tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt_tokens), np.int32)
   lengths = np.full(batch, prompt_tokens, np.int32)
+  chunk = _chunk(new_tokens)
   length = 1 << (prompt_tokens + new_tokens - 1).bit_length()
 
   def first() -> DecodeState:
@@ -143,9 +148,8 @@ def _measure(model: Decoder, batch: int, prompt_tokens: int, new_tokens: int, pr
     return state
 
   def rest(state: DecodeState) -> None:
-    for done in range(0, new_tokens - 1, CHUNK):
-      steps = np.int32(min(CHUNK, new_tokens - 1 - done))
-      state, emitted, _ = decode(structure, weights, state, steps, _CHOICE, chunk=CHUNK)
+    for _ in range((new_tokens - 1) // chunk):
+      state, emitted, _ = decode(structure, weights, state, _CHOICE, chunk=chunk)
       np.asarray(emitted)
 
   first_times, rest_times = [], []
@@ -158,9 +162,8 @@ def _measure(model: Decoder, batch: int, prompt_tokens: int, new_tokens: int, pr
     rest_times.append(time.perf_counter() - began)
   first_time, rest_time = statistics.median(first_times[1:]), statistics.median(rest_times[1:])
   if profiled:
-    steps = min(CHUNK, new_tokens - 1)
     states = [first(), first()]
-    print(profile(lambda: decode(structure, weights, states.pop(), np.int32(steps), _CHOICE, chunk=CHUNK), steps))
+    print(profile(lambda: decode(structure, weights, states.pop(), _CHOICE, chunk=chunk), chunk))
   return dict(
     step_ms=rest_time / (new_tokens - 1) * 1e3,
     first_token_ms=first_time * 1e3,

@@ -14,6 +14,7 @@ from marlin_jax.checkpoint.folder import read_json
 from marlin_jax.convert import keep_head
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.fuse import fuse
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.quantized import QuantSpec
 
@@ -76,12 +77,12 @@ def read_shape(name: str) -> ModelConfig:
 
 
 def abstract_model(config: ModelConfig, spec: QuantSpec | None, *, quantize_head: bool = False) -> Decoder:
-  """A bfloat16 Decoder of shapes without values, its dense layers quantized by `spec` (None: none of them)."""
+  """A fused bfloat16 Decoder of shapes without values, its dense layers quantized by `spec` (None: none of them)."""
 
   def build() -> Decoder:
     model = Decoder(config, rngs=nnx.Rngs(0))
     if spec is None:
-      return model
+      return fuse(model)
     for path, parent in list(nnx.iter_modules(model)):
       for name, child in list(nnx.iter_children(parent)):
         if isinstance(child, nnx.Linear) and (quantize_head or keep_head((*path, name), child)):
@@ -95,7 +96,7 @@ def abstract_model(config: ModelConfig, spec: QuantSpec | None, *, quantize_head
             rngs=nnx.Rngs(0),
           )
           setattr(parent, name, layer)
-    return model
+    return fuse(model)
 
   return nnx.eval_shape(build)
 
@@ -129,4 +130,4 @@ def _random_leaf(seed: int | Array, leaf: str, shape: tuple[int, ...], dtype: jn
     return jax.random.uniform(key, shape, jnp.float32, 0.002, 0.005).astype(dtype)
   if leaf in ("kernel", "embedding"):
     return (jax.random.normal(key, shape, jnp.float32) / 64).astype(dtype)
-  return jnp.full(shape, {"scale": 1, "bias": 0}[leaf], dtype)
+  return jnp.full(shape, {"scale": 1, "bias": 0, "zeros": 8}[leaf], dtype)

@@ -39,7 +39,8 @@ class DecodeState(NamedTuple):
     position: where `token` goes in the cache, which is the number of tokens before it.
     done: rows that have emitted an EOS token, and the rows that pad the batch. They run along with the others, and what
       they compute is thrown away.
-    seen: the tokens of the prompt and of the continuation so far, for the repetition penalty.
+    seen: the tokens of the prompt and of the continuation so far, for the repetition penalty; None where prefill was
+      greedy. A greedy step leaves it as it is.
     keys: one random key a row, never changed: the key of a draw is the row's key folded with the position drawn for.
   """
 
@@ -47,28 +48,33 @@ class DecodeState(NamedTuple):
   token: Int32[Array, " B"]
   position: Int32[Array, " B"]
   done: Bool[Array, " B"]
-  seen: Bool[Array, "B V"]
+  seen: Bool[Array, "B V"] | None
   keys: Key[Array, " B"]
 
 
 class Choice(NamedTuple):
-  """What decides on the next token apart from the logits; arrays, so that no value of it compiles anything."""
+  """What decides on the next token apart from the logits; arrays, so that no value of it compiles anything.
 
-  settings: SamplingArrays
+  `settings` of None is greedy without a penalty, a program of its own: it draws no random bits, and the vocabulary is
+  passed over once.
+  """
+
+  settings: SamplingArrays | None
   eos: Int[Array | np.ndarray, " E"]
 
 
 def _choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
   """The state after the token at `state.position + 1` is chosen."""
   position = state.position + 1
-  keys = jax.vmap(jax.random.fold_in)(state.keys, position)
-  token = sample(logits, state.seen, keys, choice.settings)
-  return state._replace(
-    token=token,
-    position=position,
-    done=state.done | jnp.any(token[:, None] == choice.eos, axis=-1),
-    seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
-  )
+  seen = state.seen
+  if choice.settings is None:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  else:
+    keys = jax.vmap(jax.random.fold_in)(state.keys, position)
+    token = sample(logits, seen, keys, choice.settings)
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+  done = state.done | jnp.any(token[:, None] == choice.eos, axis=-1)
+  return state._replace(token=token, position=position, done=done, seen=seen)
 
 
 @partial(jax.jit, static_argnames=("structure", "cache_length"))
@@ -91,10 +97,12 @@ def prefill(
   last = jnp.maximum(lengths - 1, 0)
   # One position a row goes through the head: T x V logits would outweigh everything else in memory.
   logits = model.logits(hidden[jnp.arange(rows), last])
-  inside = jnp.arange(width) < lengths[:, None]
-  vocab_size = logits.shape[-1]
-  seen = jnp.zeros((rows, vocab_size), bool)
-  seen = seen.at[jnp.arange(rows)[:, None], jnp.where(inside, tokens, vocab_size)].set(True, mode="drop")
+  seen = None
+  if choice.settings is not None:
+    inside = jnp.arange(width) < lengths[:, None]
+    vocab_size = logits.shape[-1]
+    seen = jnp.zeros((rows, vocab_size), bool)
+    seen = seen.at[jnp.arange(rows)[:, None], jnp.where(inside, tokens, vocab_size)].set(True, mode="drop")
   state = DecodeState(
     cache=cache,
     token=tokens[jnp.arange(rows), last],
@@ -108,33 +116,27 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("structure", "chunk"), donate_argnames=("state",))
 def decode(
-  structure: Structure, weights: list[Array], state: DecodeState, steps: Array, choice: Choice, *, chunk: int
+  structure: Structure, weights: list[Array], state: DecodeState, choice: Choice, *, chunk: int
 ) -> tuple[DecodeState, Int32[Array, "B {chunk}"], Int32[Array, " B"]]:
-  """Runs at most `steps` <= `chunk` decode steps, fewer if all rows are done.
+  """Runs `chunk` decode steps.
 
-  Returns the new state, the tokens, and how many of them each row emitted: row b's are `tokens[b, :counts[b]]`.
+  Returns the new state, the tokens, and how many of them each row emitted: row b's are `tokens[b, :counts[b]]`. Steps
+  beyond the end of the cache are harmless, and their tokens mean nothing.
   """
-  # XLA runs a while_loop on a GPU from the host: after every iteration the predicate, one boolean, travels back before
-  # the next can be launched. That is cheaper than returning to Python, which flattens hundreds of weights into
-  # arguments and dispatches a program for each token. But the caller sees nothing of a program before it ends, hence
-  # chunks: `chunk` tokens share one dispatch, and are streamed together.
+  # The number of steps is known, so XLA launches them without a look at the device. A loop that ended as soon as all
+  # rows are done would send its predicate back to the host after every step, with the GPU idle until the answer; that
+  # costs more than the few steps too many of the last chunk. The caller sees nothing of a program before it ends, and
+  # every call flattens hundreds of weights into arguments: hence chunks.
   model = structure.merge(weights)
-  rows = state.token.shape[0]
 
-  def unfinished(carry: tuple) -> Array:
-    step, state, _, _ = carry
-    return (step < steps) & ~jnp.all(state.done)
-
-  def decode_step(carry: tuple) -> tuple:
-    step, state, tokens, counts = carry
+  def decode_step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
     hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
     after = _choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
-    # A row that is done never starts again, so its tokens are the first counts[b] columns.
-    return step + 1, after, tokens.at[:, step].set(after.token), jnp.where(state.done, counts, counts + 1)
+    return after, (after.token, ~state.done)
 
-  start = (jnp.int32(0), state, jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32))
-  _, state, tokens, counts = jax.lax.while_loop(unfinished, decode_step, start)
-  return state, tokens, counts
+  state, (tokens, emitted) = jax.lax.scan(decode_step, state, None, length=chunk)
+  # A row that is done never starts again, so its tokens are the first counts[b] columns.
+  return state, tokens.T, emitted.sum(axis=0, dtype=jnp.int32)
 
 
 def generate_tokens(
@@ -186,7 +188,8 @@ def generate_tokens(
     lengths[i] = len(row)
   eos = np.full(_bucket(len(eos_token_ids), _FEWEST_EOS), -1, np.int32)  # -1 is no token
   eos[: len(eos_token_ids)] = eos_token_ids
-  choice = Choice(settings=sampling.arrays(), eos=eos)
+  greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+  choice = Choice(settings=None if greedy else sampling.arrays(), eos=eos)
   cache_length = min(_bucket(width + max_new_tokens, _SMALLEST_BUCKET), context)
 
   def chunks() -> Iterator[list[list[int]]]:
@@ -195,9 +198,9 @@ def generate_tokens(
     yield [[token] for token in np.asarray(state.token)[: len(rows)].tolist()]
     remaining = max_new_tokens - 1
     while remaining > 0 and not np.asarray(state.done).all():
-      steps = min(chunk, remaining)
-      state, emitted, counts = decode(structure, weights, state, np.int32(steps), choice, chunk=chunk)
-      remaining -= steps
+      state, emitted, counts = decode(structure, weights, state, choice, chunk=chunk)
+      counts = np.minimum(counts, remaining)
+      remaining -= chunk
       yield [row[:count] for row, count in zip(emitted.tolist(), counts.tolist(), strict=True)][: len(rows)]
 
   return chunks()

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache
-from marlin_jax.models.layers import DecoderLayer
+from marlin_jax.models.layers import DecoderLayer, add_norm, rope_table
+from pallas_kernels import current_device
+from pallas_kernels.decode_attention import unsupported_reason
 
 
 class Decoder(nnx.Module):
@@ -37,10 +39,11 @@ class Decoder(nnx.Module):
   def __call__(self, tokens: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
     """Logits at every position of a full causal forward pass; no cache, differentiable."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = self.embed(tokens)
+    rope = rope_table(self.config, positions)
+    x, delta = self.embed(tokens), None
     for layer in self.layers:
-      x, _ = layer(x, positions, None)
-    return self.logits(self.norm(x))
+      x, delta, _ = layer(x, delta, positions, rope, None)
+    return self.logits(add_norm(self.norm, x, delta, fused=False)[1])
 
   def hidden(
     self, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache
@@ -52,13 +55,17 @@ class Decoder(nnx.Module):
     is not written and its hidden state is meaningless, but finite.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    x = self.embed(tokens)
+    rope = rope_table(self.config, positions)
+    # One token a row is the decode step: its small operations cost more in launches and gaps than in work.
+    fused = tokens.shape[1] == 1 and not unsupported_reason(self.dtype, self.config.head_dim, current_device())
+    x, delta = self.embed(tokens), None
     keys, values = [], []
     for layer, layer_keys, layer_values in zip(self.layers, cache.keys, cache.values, strict=True):
-      x, (layer_keys, layer_values) = layer(x, positions, (layer_keys, layer_values))
+      x, delta, (layer_keys, layer_values) = layer(x, delta, positions, rope, (layer_keys, layer_values), fused=fused)
       keys.append(layer_keys)
       values.append(layer_values)
-    return self.norm(x), KVCache(keys=tuple(keys), values=tuple(values))
+    _, hidden = add_norm(self.norm, x, delta, fused=fused)
+    return hidden, KVCache(keys=tuple(keys), values=tuple(values))
 
   def logits(self, hidden: Float[Array, "... E"]) -> Float32[Array, "... V"]:
     """The head alone: the scores of the vocabulary for hidden states that `hidden` returned."""

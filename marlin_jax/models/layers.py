@@ -9,6 +9,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
+from pallas_kernels.add_norm import add_norm as add_norm_kernel
+from pallas_kernels.decode_attention import decode_attention
+
+Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
 
 
 def rope_frequencies(config: ModelConfig) -> Float32[np.ndarray, " pairs"]:
@@ -29,12 +33,15 @@ def rope_frequencies(config: ModelConfig) -> Float32[np.ndarray, " pairs"]:
   return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
 
 
-def rotate(
-  x: Float[Array, "B T H D"], positions: Int[Array, "B T"], frequencies: Float32[np.ndarray, " pairs"]
-) -> Float[Array, "B T H D"]:
-  """Turn the pair (x[i], x[i + D/2]) by the angle position * f[i]; the pairing of the Hugging Face checkpoints."""
-  angle = positions[..., None, None] * frequencies
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+def rope_table(config: ModelConfig, positions: Int[Array, "B T"]) -> Rope:
+  """(cos, sin) of the angle position * f[i] of every pair: the same for all layers, so computed once."""
+  angle = positions[..., None] * rope_frequencies(config)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
+  """Turn the pair (x[i], x[i + D/2]) by its angle; the pairing of the Hugging Face checkpoints."""
+  cos, sin = (table[:, :, None] for table in rope)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -65,8 +72,25 @@ def attend(
   return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, heads * head_dim)
 
 
+def add_norm(
+  norm: nnx.RMSNorm, x: Float[Array, "B T E"], delta: Float[Array, "B T E"] | None, *, fused: bool
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
+  """(s, norm(s)) with s = x + delta, or s = x without a delta; `fused` takes one kernel for it, on a GPU."""
+  if delta is None:
+    return x, norm(x)
+  if not fused:
+    x = x + delta
+    return x, norm(x)
+  rows = (array.reshape(-1, x.shape[-1]) for array in (x, delta))
+  total, y = add_norm_kernel(*rows, norm.scale[...], epsilon=norm.epsilon)
+  return total.reshape(x.shape), y.reshape(x.shape)
+
+
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions, and a norm of each query and key head where the config has it."""
+  """Grouped-query attention with rotary positions, and a norm of each query and key head where the config has it.
+
+  The three projections of x are one, `qkv_proj`, after `fuse`.
+  """
 
   def __init__(self, config: ModelConfig, window: int | None, *, dtype, param_dtype, rngs: nnx.Rngs):
     dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -82,28 +106,51 @@ class Attention(nnx.Module):
     self.window = window
 
   def __call__(
-    self, x: Float[Array, "B T E"], positions: Int[Array, "B T"], cached: tuple[Array, Array] | None
+    self,
+    x: Float[Array, "B T E"],
+    positions: Int[Array, "B T"],
+    rope: Rope,
+    cached: tuple[Array, Array] | None,
+    *,
+    fused: bool = False,
   ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
     """Attend among the tokens of x (cached is None), or write their keys and values into `cached` and attend to it.
 
     Without a cache the tokens of x stand at positions 0 .. T-1. Returns the output and the keys and values attended to.
+    `fused` takes the kernel for one token a row, which needs a cache.
     """
-    config = self.config
-    queries = self.q_proj(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
-    keys = self.k_proj(x).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
-    values = self.v_proj(x).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
-    if config.qk_norm:
-      queries, keys = self.q_norm(queries), self.k_norm(keys)
-    frequencies = rope_frequencies(config)
-    queries, keys = rotate(queries, positions, frequencies), rotate(keys, positions, frequencies)
+    queries, keys, values = self._project(x)
+    if fused:
+      assert cached is not None
+      qkv = jnp.concatenate([queries, keys, values], axis=2)[:, 0]
+      cos, sin = rope
+      attended, *cached = decode_attention(qkv, *cached, positions[:, 0], cos[:, 0], sin[:, 0], window=self.window)
+      return self.o_proj(attended.reshape(*x.shape[:2], -1)), tuple(cached)
+    queries, keys = rotate(queries, rope), rotate(keys, rope)
     if cached is not None:
       start = positions[:, 0]
       keys, values = write(cached[0], keys, start), write(cached[1], values, start)
     return self.o_proj(attend(queries, keys, values, positions, self.window)), (keys, values)
 
+  def _project(self, x: Float[Array, "B T E"]) -> tuple[Array, Array, Array]:
+    """The queries, keys and values of x, [B, T, heads, D], normed but not rotated."""
+    config = self.config
+    if hasattr(self, "qkv_proj"):
+      heads = self.qkv_proj(x).reshape(*x.shape[:2], -1, config.head_dim)
+      queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+    else:
+      projections = (self.q_proj, self.k_proj, self.v_proj)
+      queries, keys, values = (project(x).reshape(*x.shape[:2], -1, config.head_dim) for project in projections)
+    if config.qk_norm:
+      queries, keys = self.q_norm(queries), self.k_norm(keys)
+    return queries, keys, values
+
 
 class MLP(nnx.Module):
-  """down(silu(gate(x)) * up(x)): SwiGLU, "GLU Variants Improve Transformer", section 2 (arXiv 2002.05202)."""
+  """down(silu(gate(x)) * up(x)): SwiGLU, "GLU Variants Improve Transformer", section 2 (arXiv 2002.05202).
+
+  The projections gate and up are one, `gate_up_proj`, after `fuse`.
+  """
 
   def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     options = {"use_bias": config.mlp_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -112,7 +159,11 @@ class MLP(nnx.Module):
     self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **options)
 
   def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    if hasattr(self, "gate_up_proj"):
+      gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+    else:
+      gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -126,8 +177,20 @@ class DecoderLayer(nnx.Module):
     self.mlp = MLP(config, **dtypes)
 
   def __call__(
-    self, x: Float[Array, "B T E"], positions: Int[Array, "B T"], cached: tuple[Array, Array] | None
-  ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
-    attended, cached = self.attention(self.input_norm(x), positions, cached)
-    x = x + attended
-    return x + self.mlp(self.post_attention_norm(x)), cached
+    self,
+    x: Float[Array, "B T E"],
+    delta: Float[Array, "B T E"] | None,
+    positions: Int[Array, "B T"],
+    rope: Rope,
+    cached: tuple[Array, Array] | None,
+    *,
+    fused: bool = False,
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], tuple[Array, Array]]:
+    """(x, delta, cached) of the next layer; what a layer gets is x + delta, left to be added where it is normed.
+
+    `fused` takes kernels for what is between the products; see `Attention`.
+    """
+    x, normed = add_norm(self.input_norm, x, delta, fused=fused)
+    attended, cached = self.attention(normed, positions, rope, cached, fused=fused)
+    x, normed = add_norm(self.post_attention_norm, x, attended, fused=fused)
+    return x, self.mlp(normed), cached

@@ -12,7 +12,7 @@ from flax import nnx
 from marlin_jax.convert import quantize
 from marlin_jax.generation import loop
 from marlin_jax.generation.loop import generate_tokens
-from marlin_jax.generation.sampling import GREEDY, Sampling
+from marlin_jax.generation.sampling import Sampling
 from marlin_jax.generation.weights import split
 
 NEW = 12
@@ -161,6 +161,7 @@ def test_chunks_do_not_change_the_samples(model):
 
 def test_nothing_compiles_for_a_new_prompt_or_new_settings_in_the_same_bucket(model):
   continuations(model, PROMPTS, eos_token_ids=[60])
+  continuations(model, PROMPTS, sampling=Sampling(temperature=1.0))
   compiled = compile_count()
   try:
     continuations(model, [[5] * 32, [6, 7], [8]], max_new_tokens=32, eos_token_ids=[59, 58])
@@ -179,7 +180,7 @@ def test_nothing_compiles_for_a_new_prompt_or_new_settings_in_the_same_bucket(mo
 
 def prefilled(model):
   structure, weights = split(model)
-  choice = loop.Choice(settings=GREEDY.arrays(), eos=np.full(4, -1, np.int32))
+  choice = loop.Choice(settings=Sampling(repetition_penalty=2).arrays(), eos=np.full(4, -1, np.int32))
   tokens, lengths = np.ones((4, 32), np.int32), np.full(4, 3, np.int32)
   arguments = (structure, weights, tokens, lengths, np.uint32(0), choice)
   return structure, weights, choice, arguments, loop.prefill(*arguments, cache_length=64)
@@ -197,20 +198,28 @@ def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(mod
   np.testing.assert_array_equal(state.done, [False, False, False, True])
 
 
-def test_a_chunk_stops_when_all_rows_are_done(model):
+def test_a_row_that_is_done_emits_nothing_more(model):
   structure, weights, choice, _, state = prefilled(model)
   positions = np.asarray(state.position)
-  first, _, _ = loop.decode(structure, weights, state, np.int32(1), choice, chunk=4)
-  np.testing.assert_array_equal(first.position, positions + 1)
-  ended = first._replace(done=jnp.ones(4, bool))
-  last, _, counts = loop.decode(structure, weights, ended, np.int32(4), choice, chunk=4)
-  np.testing.assert_array_equal(last.position, positions + 1)
-  assert not counts.any()
+  done = state._replace(done=jnp.array([True, False, True, False]))
+  after, tokens, counts = loop.decode(structure, weights, done, choice, chunk=4)
+  np.testing.assert_array_equal(counts, [0, 4, 0, 4])
+  np.testing.assert_array_equal(after.position, positions + 4)
+  np.testing.assert_array_equal(after.token, tokens[:, -1])
+
+
+def test_greedy_without_a_penalty_keeps_no_account_of_the_tokens(model):
+  structure, weights, choice, arguments, _ = prefilled(model)
+  greedy = choice._replace(settings=None)
+  state = loop.prefill(*arguments[:-1], greedy, cache_length=64)
+  assert state.seen is None
+  after, _, _ = loop.decode(structure, weights, state, greedy, chunk=4)
+  assert after.seen is None
 
 
 def test_the_state_is_donated_and_the_weights_are_not(model):
   structure, weights, choice, _, state = prefilled(model)
-  after, _, _ = loop.decode(structure, weights, state, np.int32(2), choice, chunk=4)
+  after, _, _ = loop.decode(structure, weights, state, choice, chunk=4)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, weights)))
 
@@ -226,7 +235,7 @@ def test_weights_are_arguments_and_never_constants(monkeypatch, model):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   structure, weights, choice, arguments, state = prefilled(model)
   assert largest_constant(loop.prefill.lower(*arguments, cache_length=64)) < 100
-  assert largest_constant(loop.decode.lower(structure, weights, state, np.int32(2), choice, chunk=4)) < 100
+  assert largest_constant(loop.decode.lower(structure, weights, state, choice, chunk=4)) < 100
   closed_over = jax.jit(lambda tokens: model(tokens)).lower(jnp.ones((1, 4), jnp.int32))
   assert largest_constant(closed_over) >= 61 * 32  # the control: the embedding
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from marlin_jax.checkpoint import load_model
-from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig
+from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig, decoder, layers
 from marlin_jax.models.kv_cache import write
-from marlin_jax.models.layers import attend, rope_frequencies, rotate
+from marlin_jax.models.layers import attend, rope_frequencies, rope_table, rotate
 
 DATA = Path(__file__).parents[2] / "data"
 CHECKPOINTS = ["llama-bf16", "llama3rope-tied-bf16", "mistral-sharded-bf16", "qwen2-bf16", "qwen3-bf16"]
@@ -147,11 +147,11 @@ def test_attend_is_the_textbook_formula_a_head_at_a_time():
 def test_rotation_depends_on_the_distance_only():
   rng = np.random.default_rng(0)
   query, key = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
-  frequencies = rope_frequencies(TINY)
-  scores = [
-    jnp.vdot(rotate(query, jnp.array([[p + 3]]), frequencies), rotate(key, jnp.array([[p]]), frequencies))
-    for p in (0, 11)
-  ]
+
+  def turned(x, position):
+    return rotate(x, rope_table(TINY, jnp.array([[position]])))
+
+  scores = [jnp.vdot(turned(query, p + 3), turned(key, p)) for p in (0, 11)]
   np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
 
 
@@ -183,3 +183,49 @@ def test_a_cache_of_one_layer_too_few_is_refused():
   cache = KVCache.empty(dataclasses.replace(TINY, num_layers=1, sliding_windows=()), 1, 4, jnp.float32)
   with pytest.raises(ValueError, match="shorter"):
     model.hidden(jnp.ones((1, 1), jnp.int32), jnp.array([0]), cache)
+
+
+def test_the_kernels_of_the_decode_step_give_what_the_plain_layers_give(monkeypatch):
+  config = dataclasses.replace(TINY, num_layers=1, hidden_size=32, head_dim=32, qk_norm=True, sliding_windows=(4,))
+  model = Decoder(config, rngs=nnx.Rngs(0))
+  prompt, rows = jnp.array([[3, 9, 4, 1, 5], [7, 7, 2, 0, 0]], jnp.int32), jnp.array([5, 3], jnp.int32)
+
+  def hidden(*arguments):
+    graphdef, weights = nnx.split(model)
+    return jax.jit(lambda weights, arguments: nnx.merge(graphdef, weights).hidden(*arguments))(weights, arguments)
+
+  _, cache = hidden(prompt, jnp.zeros(2, jnp.int32), KVCache.empty(config, 2, 16))
+  token = jnp.array([[8], [6]], jnp.int32)
+  expected, expected_cache = hidden(token, rows, cache)
+  monkeypatch.setattr(decoder, "unsupported_reason", lambda *_: None)
+  calls = []
+
+  def interpreted(kernel):
+    def call(*args, **options):
+      calls.append(kernel)
+      return kernel(*args, interpret=True, **options)
+
+    return call
+
+  for name in ("decode_attention", "add_norm_kernel"):
+    monkeypatch.setattr(layers, name, interpreted(getattr(layers, name)))
+  result, cache = hidden(token, rows, cache)
+  assert len(calls) == 3  # attention and the norms after it; the first norm has nothing to add
+  np.testing.assert_allclose(result.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.05, atol=0.05)
+  for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=0.05, atol=0.05)
+
+
+def test_a_decode_step_on_an_h200_takes_the_kernels(lower_for_h200):
+  model = Decoder(dataclasses.replace(TINY, head_dim=32), rngs=nnx.Rngs(0))
+  graphdef, weights = nnx.split(model)
+  cache, start = KVCache.empty(model.config, 2, 16), jnp.zeros(2, jnp.int32)
+
+  def kernels(tokens):
+    def step(weights):
+      return nnx.merge(graphdef, weights).hidden(jnp.zeros((2, tokens), jnp.int32), start, cache)
+
+    text = lower_for_h200(step, weights)
+    return [name in text for name in ("decode_attention", "add_norm", "__gpu$xla.gpu.triton")]
+
+  assert kernels(tokens=1) == [True] * 3 and kernels(tokens=2) == [False] * 3
