@@ -99,4 +99,4 @@ def matmul(
   )
   if implementation == "hopper":
     return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, config=config)
-  return triton_matmul.matmul_triton(x, qweight, scales, config=config, interpret=interpret)
+  return triton_matmul.matmul_triton(x, qweight, scales, zeros, config=config, interpret=interpret)

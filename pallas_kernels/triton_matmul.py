@@ -58,8 +58,6 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
   if device.platform != "cuda":
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
-  if problem.zeros:
-    return "its zero points are not handed to it yet"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if 64 % problem.group_size and problem.group_size % 64 and problem.group_size != problem.k:
