@@ -125,18 +125,22 @@ def decode(
   """
   # The number of steps is known, so XLA launches them without a look at the device. A loop that ended as soon as all
   # rows are done would send its predicate back to the host after every step, with the GPU idle until the answer; that
-  # costs more than the few steps too many of the last chunk. The caller sees nothing of a program before it ends, and
+  # costs more than the few steps too many of the last chunk. With tokens written column by column, all of a step is
+  # kernels, and XLA makes one CUDA graph of it. The caller sees nothing of a program before it ends, and
   # every call flattens hundreds of weights into arguments: hence chunks.
   model = structure.merge(weights)
 
-  def decode_step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array]]:
+  rows = state.token.shape[0]
+
+  def decode_step(step: Array, carry: tuple) -> tuple:
+    state, tokens, counts = carry
     hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
     after = _choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
-    return after, (after.token, ~state.done)
+    # A row that is done never starts again, so its tokens are the first counts[b] columns.
+    return after, tokens.at[:, step].set(after.token), jnp.where(state.done, counts, counts + 1)
 
-  state, (tokens, emitted) = jax.lax.scan(decode_step, state, None, length=chunk)
-  # A row that is done never starts again, so its tokens are the first counts[b] columns.
-  return state, tokens.T, emitted.sum(axis=0, dtype=jnp.int32)
+  start = (state, jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32))
+  return jax.lax.fori_loop(0, chunk, decode_step, start)
 
 
 def generate_tokens(
