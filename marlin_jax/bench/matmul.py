@@ -101,14 +101,18 @@ def bench_matmul(
           )
         )
         print(_line(rows[-1]), flush=True)
+    if output is not None:  # after every shape, so that a run that is cut short leaves what it has
+      _write(output, rows)
   if len(shapes) > 1:
     print("\n".join(_sums(rows)))
-  if output is not None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-      writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-      writer.writeheader()
-      writer.writerows(rows)
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+  output.parent.mkdir(parents=True, exist_ok=True)
+  with output.open("w", newline="") as file:
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "n"))

@@ -130,7 +130,7 @@ def test_a_quantized_checkpoint_of_another_kind_is_refused_by_name(tmp_path):
   shutil.copytree(TIED, tmp_path, dirs_exist_ok=True)
   config = json.loads((TIED / "config.json").read_text())
   for quantization, message in [
-    ({"quant_method": "awq"}, "quant_method 'awq' is not supported, only 'marlin_jax', 'gptq' and 'compressed-te"),
+    ({"quant_method": "aqlm"}, "quant_method 'aqlm' is not supported, only 'marlin_jax'"),
     ({}, "quant_method None is not supported"),
     ({"quant_method": "marlin_jax", "format_version": 2}, "format_version 2 is not supported, only 1 is"),
     ({"quant_method": "marlin_jax", "format_version": 1, "bits": 3}, "bits=3 is not implemented"),
