@@ -21,7 +21,6 @@ from marlin_jax.checkpoint import load_model, quantize_checkpoint
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
 from marlin_jax.demo.run import run_demo
 from marlin_jax.generation.sampling import Sampling
-from marlin_jax.models.fuse import fuse
 from marlin_jax.quantized import QuantSpec
 from pallas_kernels import MatmulProblem
 from pallas_kernels.tuning import CONFIGS
@@ -182,7 +181,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     repetition_penalty=arguments.repetition_penalty,
     seed=arguments.seed,
   )
-  model = fuse(load_model(arguments.model))
+  model = load_model(arguments.model)
   print(describe_matmuls(model), file=sys.stderr)
 
   def write(text: str) -> None:

@@ -29,7 +29,8 @@ def generate(
   prompt is not part of what comes back. Text ends before the EOS token, token ids end with it.
 
   Args:
-    model: a Decoder from `load_model`, float or quantized.
+    model: a Decoder from `load_model`, float or quantized. For speed, its query, key and value projections are made one
+      layer in place, and so are gate and up; `save_model` still writes them apart.
     prompts: one prompt or a batch; prompts of different lengths run together.
     max_new_tokens: how many tokens a row may get.
     temperature, top_k, top_p, repetition_penalty, seed: how a token is chosen, as in `Sampling`; greedy by default.

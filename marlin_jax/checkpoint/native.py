@@ -51,6 +51,7 @@ from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.fuse import unfuse
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
 from marlin_jax.packing import unpack
 from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
@@ -168,6 +169,7 @@ def save_model(model: Decoder, path: str | os.PathLike[str], *, max_shard_bytes:
     CheckpointError: the folder is not empty, or cannot be written (a full disk); nothing is left behind.
     ValueError: no Hugging Face architecture expresses the model's config.
   """
+  model = unfuse(model)
   config = model.config.to_hf() | {"dtype": model.dtype.name}
   quantized = {tensor_name(p): layer for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)}
   if quantized:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Key
 from marlin_jax.generation.sampling import GREEDY, Sampling, SamplingArrays, sample
 from marlin_jax.generation.weights import Structure, split
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.fuse import fuse
 from marlin_jax.models.kv_cache import KVCache
 
 _SMALLEST_BUCKET = 16
@@ -159,7 +160,7 @@ def generate_tokens(
   prompt, its number i and the settings, not on the other rows.
 
   Args:
-    model: a Decoder, float or quantized.
+    model: a Decoder, float or quantized. Its projections are fused in place first (models/fuse.py).
     prompts: token ids, one sequence a row, of any lengths.
     max_new_tokens: how many tokens a row may get.
     sampling: how a token is chosen.
@@ -197,7 +198,7 @@ def generate_tokens(
   cache_length = min(_bucket(width + max_new_tokens, _SMALLEST_BUCKET), context)
 
   def chunks() -> Iterator[list[list[int]]]:
-    structure, weights = split(model)
+    structure, weights = split(fuse(model))
     state = prefill(structure, weights, tokens, lengths, np.uint32(sampling.seed), choice, cache_length=cache_length)
     yield [[token] for token in np.asarray(state.token)[: len(rows)].tolist()]
     remaining = max_new_tokens - 1

@@ -3,7 +3,7 @@
 
 from marlin_jax.models.config import Llama3Rope, ModelConfig
 from marlin_jax.models.decoder import Decoder
-from marlin_jax.models.fuse import fuse
+from marlin_jax.models.fuse import fuse, unfuse
 from marlin_jax.models.kv_cache import KVCache
 
-__all__ = ["Decoder", "KVCache", "Llama3Rope", "ModelConfig", "fuse"]
+__all__ = ["Decoder", "KVCache", "Llama3Rope", "ModelConfig", "fuse", "unfuse"]

@@ -5,26 +5,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.packing import concatenate
+from marlin_jax.packing import concatenate, split
+
+_QKV, _QKV_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
+_GATE_UP, _GATE_UP_PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 
 
 def fuse(model: Decoder) -> Decoder:
   """Makes one layer of the query, key and value projections and one of gate and up, in place, for inference.
 
   Float or quantized, the columns stay the same. Where the parts cannot stand in one matrix (they differ in bits, group
-  size or act-order, or are not all quantized) they stay apart. A fused model has no checkpoint names any more.
+  size, zero points or act-order, or are not all quantized) they stay apart. `unfuse` takes it back.
 
   Returns:
     The model.
   """
   for layer in model.layers:
-    _fuse(layer.attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-    _fuse(layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+    _fuse(layer.attention, _QKV, _QKV_PARTS)
+    _fuse(layer.mlp, _GATE_UP, _GATE_UP_PARTS)
+  return model
+
+
+def unfuse(model: Decoder) -> Decoder:
+  """A model of the same weights whose layers are those of the checkpoint again; the argument is not changed."""
+  config, model = model.config, nnx.merge(*nnx.split(model))
+  kv_features = config.num_kv_heads * config.head_dim
+  for layer in model.layers:
+    _unfuse(layer.attention, _QKV, _QKV_PARTS, (config.num_heads * config.head_dim, kv_features, kv_features))
+    _unfuse(layer.mlp, _GATE_UP, _GATE_UP_PARTS, (config.intermediate_size,) * 2)
   return model
 
 
@@ -36,6 +50,26 @@ def _fuse(parent: nnx.Module, name: str, parts: Sequence[str]) -> None:
     for part in parts:
       delattr(parent, part)
     setattr(parent, name, layer)
+
+
+def _unfuse(parent: nnx.Module, name: str, parts: Sequence[str], sizes: Sequence[int]) -> None:
+  if not hasattr(parent, name):
+    return
+  layer = getattr(parent, name)
+  starts = np.cumsum(sizes)[:-1]
+  biases = [None] * len(sizes) if layer.bias is None else jnp.split(layer.bias[...], starts)
+  if isinstance(layer, QuantLinear):
+    packed = split(layer.packed, sizes)
+    layers = [
+      QuantLinear.from_packed(weight, None if bias is None else nnx.Param(bias), dtype=layer.dtype)
+      for weight, bias in zip(packed, biases, strict=True)
+    ]
+  else:
+    kernels = jnp.split(layer.kernel[...], starts, axis=1)
+    layers = [_linear(kernel, bias, layer.dtype) for kernel, bias in zip(kernels, biases, strict=True)]
+  delattr(parent, name)
+  for part, apart in zip(parts, layers, strict=True):
+    setattr(parent, part, apart)
 
 
 def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
@@ -50,17 +84,16 @@ def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
     except ValueError:
       return None
     return QuantLinear.from_packed(packed, None if bias is None else nnx.Param(bias), dtype=first.dtype)
-  kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+  return _linear(jnp.concatenate([layer.kernel[...] for layer in layers], axis=1), bias, first.dtype)
 
-  def held(array: Array | None):
-    return lambda *_: array
 
-  return nnx.Linear(
-    *kernel.shape,
-    use_bias=bias is not None,
-    dtype=first.dtype,
-    param_dtype=first.param_dtype,
-    kernel_init=held(kernel),
-    bias_init=held(bias),
-    rngs=nnx.Rngs(0),
+def _linear(kernel: Array, bias: Array | None, dtype) -> nnx.Linear:
+  layer = nnx.eval_shape(
+    lambda: nnx.Linear(
+      *kernel.shape, use_bias=bias is not None, dtype=dtype, param_dtype=kernel.dtype, rngs=nnx.Rngs(0)
+    )
   )
+  layer.kernel = nnx.Param(kernel)
+  if bias is not None:
+    layer.bias = nnx.Param(bias)
+  return layer

@@ -4,14 +4,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from marlin_jax.generation.weights import split
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.fuse import fuse
 
 
-def another(config):
-  return Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(6))
+def another(config, seed=6):
+  return Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
 
 
 def test_merge_is_the_model(model):
@@ -22,9 +24,10 @@ def test_merge_is_the_model(model):
   assert {leaf.unsafe_buffer_pointer() for leaf in weights} == held  # no copies
 
 
-def test_equal_models_share_a_structure_and_with_it_a_program(model):
-  structure, weights = split(model)
-  other_structure, other_weights = split(another(model.config))
+@pytest.mark.parametrize("prepare", [lambda model: model, fuse], ids=["apart", "fused"])
+def test_equal_models_share_a_structure_and_with_it_a_program(model, prepare):
+  structure, weights = split(prepare(another(model.config)))
+  other_structure, other_weights = split(prepare(another(model.config, seed=2)))
   assert other_structure is structure
   assert not np.array_equal(weights[0], other_weights[0])
 

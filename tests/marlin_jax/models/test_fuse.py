@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from marlin_jax import QuantLinear, quantize
-from marlin_jax.models import Decoder, ModelConfig, fuse
+from marlin_jax.models import Decoder, ModelConfig, fuse, unfuse
 from marlin_jax.quantized import QuantSpec
 
 CONFIG = ModelConfig(
@@ -55,3 +56,21 @@ def test_layers_that_do_not_fit_together_stay_apart(model):
   fuse(model)
   assert not hasattr(attention, "qkv_proj") and not hasattr(mlp, "gate_up_proj")
   np.testing.assert_array_equal(forward(model), expected)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_unfuse_gives_the_same_layers_and_leaves_the_fused_model_alone(model, bits):
+  if bits:
+    quantize(model, bits=bits, group_size=32, progress=False)
+  before = nnx.state(nnx.merge(*nnx.split(model)))
+  apart = unfuse(fuse(model))
+  assert hasattr(model.layers[0].attention, "qkv_proj") and not hasattr(apart.layers[0].attention, "qkv_proj")
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(apart), before)
+  np.testing.assert_allclose(forward(apart), forward(model), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_with_and_without_zero_points_stay_apart(model):
+  mlp = model.layers[0].mlp
+  mlp.gate_proj = QuantLinear.from_linear(mlp.gate_proj, QuantSpec(group_size=32))
+  mlp.up_proj = QuantLinear.from_linear(mlp.up_proj, QuantSpec(group_size=32, symmetric=False))
+  assert not hasattr(fuse(model).layers[0].mlp, "gate_up_proj")
