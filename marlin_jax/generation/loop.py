@@ -61,7 +61,7 @@ class Choice(NamedTuple):
   """
 
   settings: SamplingArrays | None
-  eos: Int[Array | np.ndarray, " E"]
+  eos: Int[Array | np.ndarray, "*B E"]
 
 
 def _choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
@@ -193,8 +193,7 @@ def generate_tokens(
     lengths[i] = len(row)
   eos = np.full(_bucket(len(eos_token_ids), _FEWEST_EOS), -1, np.int32)  # -1 is no token
   eos[: len(eos_token_ids)] = eos_token_ids
-  greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
-  choice = Choice(settings=None if greedy else sampling.arrays(), eos=eos)
+  choice = Choice(settings=None if sampling.greedy else sampling.arrays(), eos=eos)
   cache_length = min(_bucket(width + max_new_tokens, _SMALLEST_BUCKET), context)
 
   def chunks() -> Iterator[list[list[int]]]:

@@ -8,7 +8,6 @@ a jitted program takes as arguments, so that another temperature or another top_
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,20 @@ from jaxtyping import Array, Bool, Float, Int, Key
 _NO_TOP_K = np.iinfo(np.int32).max
 
 
-class SamplingArrays(NamedTuple):
-  """A `Sampling` as scalar arrays; `top_k` is the largest int32 where nothing is cut."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingArrays:
+  """A `Sampling` as scalar arrays, or one a row as arrays [B]; `top_k` is the largest int32 where nothing is cut.
 
-  temperature: Float[Array | np.ndarray, ""]
-  top_k: Int[Array | np.ndarray, ""]
-  top_p: Float[Array | np.ndarray, ""]
-  repetition_penalty: Float[Array | np.ndarray, ""]
+  `cuts` says whether any row has a top_k or top_p. It is static: a program that cuts sorts the vocabulary, and one that
+  decided on the device would send the answer to the host first.
+  """
+
+  temperature: Float[Array | np.ndarray, "*B"]
+  top_k: Int[Array | np.ndarray, "*B"]
+  top_p: Float[Array | np.ndarray, "*B"]
+  repetition_penalty: Float[Array | np.ndarray, "*B"]
+  cuts: bool = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +78,16 @@ class Sampling:
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"seed={self.seed!r} must be in 0 .. 2**32 - 1")
 
+  @property
+  def greedy(self) -> bool:
+    """Whether the most likely token is taken, whatever came before."""
+    return self.temperature == 0 and self.repetition_penalty == 1
+
+  @property
+  def cuts(self) -> bool:
+    """Whether less than the whole vocabulary may be drawn from."""
+    return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
   def arrays(self) -> SamplingArrays:
     """The settings as numpy scalars: ready to be arguments of a jitted function, and nothing to compile."""
     return SamplingArrays(
@@ -79,6 +95,7 @@ class Sampling:
       top_k=np.asarray(_NO_TOP_K if self.top_k is None else min(self.top_k, _NO_TOP_K), np.int32),
       top_p=np.asarray(self.top_p, np.float32),
       repetition_penalty=np.asarray(self.repetition_penalty, np.float32),
+      cuts=self.cuts,
     )
 
 
@@ -86,12 +103,12 @@ GREEDY = Sampling()
 
 
 def penalize_repetition(
-  logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array | np.ndarray, ""]
+  logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array | np.ndarray, "..."]
 ) -> Float[Array, "B V"]:
   """logits / penalty where a seen token's logit is positive, logits * penalty where it is negative.
 
   CTRL (arXiv 1909.05858, section 4.1) divides every seen token's logit; dividing a negative one would make the token
-  more likely, so those are multiplied, as is the custom since.
+  more likely, so those are multiplied, as is the custom since. `penalty` is a scalar or [B, 1].
   """
   return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -101,40 +118,36 @@ def sample(
 ) -> Int[Array, " B"]:
   """token[b] ~ softmax(penalized logits[b] / temperature), cut to top_k and top_p; argmax at temperature 0.
 
-  Ties go to the lower token id, in the argmax as in the order that top_k and top_p cut.
+  Ties go to the lower token id, in the argmax as in the order that top_k and top_p cut. What a row draws depends on its
+  logits, key and settings alone: not on the other rows, nor on whether one of them is cut.
 
   Args:
     logits: float32.
     seen: the tokens that the repetition penalty applies to.
-    keys: one random key a row: what a row draws depends on nothing in the other rows.
-    settings: scalars, the same for all rows.
+    keys: one random key a row.
+    settings: scalars, or one a row.
   """
-  logits = penalize_repetition(logits, seen, settings.repetition_penalty)
 
-  def scaled() -> Array:
-    # The largest logit becomes 0 first: a tiny temperature then sends the others to -inf and overflows nothing.
-    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / settings.temperature
+  def column(setting: Array | np.ndarray) -> Array:
+    return jnp.broadcast_to(setting, logits.shape[:1])[:, None]
 
-  def greedy() -> Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-  def draw() -> Array:
-    return jax.vmap(jax.random.categorical)(keys, scaled()).astype(jnp.int32)
-
-  def draw_cut() -> Array:
-    order = jnp.argsort(scaled(), axis=-1, stable=True, descending=True)
-    ranked = jnp.take_along_axis(scaled(), order, axis=-1)
+  temperature = column(settings.temperature)
+  logits = penalize_repetition(logits, seen, column(settings.repetition_penalty))
+  best = jnp.argmax(logits, axis=-1)
+  # The largest logit becomes 0 first: a tiny temperature then sends the others to -inf and overflows nothing.
+  scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1, temperature)
+  if settings.cuts:
+    order = jnp.argsort(scaled, axis=-1, stable=True, descending=True)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
     rank = jnp.arange(ranked.shape[-1])
-    ranked = jnp.where(rank < settings.top_k, ranked, -jnp.inf)
+    ranked = jnp.where(rank < column(settings.top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # A token stays while the mass before it has not reached top_p.
+    # A token stays while the mass before it has not reached top_p. The first one always does, however small top_p is;
+    # 1 cuts nothing, however the mass was rounded.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where(before < settings.top_p, ranked, -jnp.inf)
-    drawn = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-  # One branch runs, so greedy pays for no random bits and only a cut pays for the sort. One switch and not two nested
-  # conditions: on a GPU the host reads each predicate before it can go on.
-  cut = (settings.top_k < logits.shape[-1]) | (settings.top_p < 1)
-  branch = jnp.where(settings.temperature == 0, 0, jnp.where(cut, 2, 1))
-  return jax.lax.switch(branch, (greedy, draw, draw_cut))
+    top_p = column(settings.top_p)
+    ranked = jnp.where((before < top_p) | (rank == 0) | (top_p == 1), ranked, -jnp.inf)
+    # Back in the order of the vocabulary, so that a row that is not cut draws what it would draw without the others.
+    scaled = jnp.put_along_axis(jnp.zeros_like(scaled), order, ranked, axis=-1, inplace=False)
+  drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+  return jnp.where(temperature[:, 0] == 0, best, drawn).astype(jnp.int32)

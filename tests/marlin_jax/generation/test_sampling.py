@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -140,21 +142,45 @@ def test_the_penalty_changes_the_greedy_choice():
   assert draw(logits, Sampling(repetition_penalty=2.0), seen=seen) == [0]
 
 
-def test_settings_are_arguments_of_one_program(logits):
+def test_values_of_settings_compile_nothing(logits):
   compiled = jax.jit(lambda *arguments: sample(*arguments))
   seen = jnp.zeros((ROWS, VOCAB), bool)
-  for sampling in (GREEDY, Sampling(temperature=0.7), Sampling(temperature=1, top_k=3, top_p=0.5, seed=4)):
+  for sampling in (
+    Sampling(repetition_penalty=1.1),
+    Sampling(temperature=0.7),
+    Sampling(temperature=1, top_k=3, top_p=0.5, seed=4),
+    Sampling(temperature=2, top_p=0.9),
+  ):
     compiled(logits, seen, keys_for(ROWS), sampling.arrays())
-  assert compiled._cache_size() == 1
+  assert compiled._cache_size() == 2  # with a cut and without
 
 
 def test_only_a_cut_sorts():
-  jaxpr = jax.make_jaxpr(sample)(
-    jnp.zeros((1, VOCAB)), jnp.zeros((1, VOCAB), bool), keys_for(1), Sampling(temperature=1.0).arrays()
-  )
-  (switch,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "cond"]
-  assert ["sort" in str(branch) for branch in switch.params["branches"]] == [False, False, True]
-  assert "sort" not in str([equation.primitive for equation in jaxpr.eqns])
+  for sampling, sorts in ((Sampling(temperature=1.0), False), (Sampling(temperature=1.0, top_k=2), True)):
+    jaxpr = jax.make_jaxpr(sample)(jnp.zeros((1, VOCAB)), jnp.zeros((1, VOCAB), bool), keys_for(1), sampling.arrays())
+    assert ("sort" in str(jaxpr)) == sorts
+
+
+def test_a_row_with_settings_of_its_own_draws_what_it_draws_alone(logits):
+  rows = [
+    GREEDY,
+    Sampling(temperature=0.8),
+    Sampling(temperature=1.5, top_k=4),
+    Sampling(temperature=1.0, top_p=0.6, repetition_penalty=1.3),
+    Sampling(repetition_penalty=1.5),
+  ]
+  logits = jnp.asarray(logits)[: len(rows)]
+  seen = jnp.arange(VOCAB)[None] % jnp.arange(2, 2 + len(rows))[:, None] == 0
+  for draw in range(20):
+    keys = jax.random.split(jax.random.key(draw), len(rows))
+    alone = [
+      int(sample(logits[i : i + 1], seen[i : i + 1], keys[i : i + 1], sampling.arrays())[0])
+      for i, sampling in enumerate(rows)
+    ]
+    settings = jax.tree.map(
+      lambda *of_rows: np.stack(of_rows), *(dataclasses.replace(r.arrays(), cuts=True) for r in rows)
+    )
+    assert sample(logits, seen, keys, settings).tolist() == alone
 
 
 @pytest.mark.parametrize(
