@@ -22,6 +22,7 @@ LAYERS = (
   "marlin_jax.checkpoint",
   "marlin_jax.generation",
   "marlin_jax.text",
+  "marlin_jax.serving",
   "marlin_jax.bench",
   "marlin_jax.console",
   "marlin_jax.demo",

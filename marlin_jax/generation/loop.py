@@ -64,7 +64,7 @@ class Choice(NamedTuple):
   eos: Int[Array | np.ndarray, "*B E"]
 
 
-def _choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
+def choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> DecodeState:
   """The state after the token at `state.position + 1` is chosen."""
   position = state.position + 1
   seen = state.seen
@@ -112,7 +112,7 @@ def prefill(
     seen=seen,
     keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows)),
   )
-  return _choose(logits, state, choice)
+  return choose(logits, state, choice)
 
 
 @partial(jax.jit, static_argnames=("structure", "chunk"), donate_argnames=("state",))
@@ -136,7 +136,7 @@ def decode(
   def decode_step(step: Array, carry: tuple) -> tuple:
     state, tokens, counts = carry
     hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
-    after = _choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
+    after = choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
     # A row that is done never starts again, so its tokens are the first counts[b] columns.
     return after, tokens.at[:, step].set(after.token), jnp.where(state.done, counts, counts + 1)
 

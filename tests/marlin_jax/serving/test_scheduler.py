@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests in, events out, on a tiny model: what each gets is what it gets alone, whatever happens around it."""
+
+import dataclasses
+import queue
+import random
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax.generation.loop import generate_tokens
+from marlin_jax.generation.sampling import Sampling
+from marlin_jax.models import Decoder, ModelConfig
+from marlin_jax.serving import engine as engine_module
+from marlin_jax.serving.engine import ServingConfig
+from marlin_jax.serving.scheduler import Draining, GenerationRequest, QueueFull, Scheduler, TokenEvent
+
+MODEL = ModelConfig(
+  architecture="LlamaForCausalLM",
+  vocab_size=97,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_position_embeddings=256,
+)
+CONFIG = ServingConfig(slots=4, context=128, chunk=4, prefill_chunk=32, queue_limit=200)
+DRAWN = Sampling(temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=7)
+TIMEOUT = 60
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Decoder(MODEL, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def scheduler(model):
+  scheduler = Scheduler(model, CONFIG)
+  scheduler.start()
+  yield scheduler
+  assert scheduler.drain(TIMEOUT)
+
+
+class Client:
+  """Submits a request and gathers what comes."""
+
+  def __init__(self, scheduler, **request):
+    self.events = queue.Queue()
+    self.ticket = scheduler.submit(GenerationRequest(**request), self.events.put)
+
+  def result(self):
+    """(tokens, logprobs, the last event)"""
+    tokens, logprobs = [], []
+    while True:
+      event = self.events.get(timeout=TIMEOUT)
+      tokens += event.tokens
+      logprobs += event.logprobs or []
+      if event.finish_reason is not None:
+        return tokens, logprobs, event
+
+
+def prompt_of(length, seed=0):
+  return tuple(np.random.default_rng(seed).integers(0, MODEL.vocab_size, length).tolist())
+
+
+def alone(model, prompt, new, sampling=Sampling(), eos=()):
+  chunks = generate_tokens(model, [prompt], max_new_tokens=new, sampling=sampling, eos_token_ids=eos)
+  return [token for (row,) in chunks for token in row]
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 100])
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_tokens_are_those_of_generate(scheduler, model, length, sampling):
+  prompt = prompt_of(length, length)
+  tokens, _, event = Client(scheduler, prompt=prompt, max_new_tokens=10, sampling=sampling).result()
+  assert (tokens, event.finish_reason, event.error) == (alone(model, prompt, 10, sampling), "length", None)
+
+
+def test_eos_ends_a_request_and_is_its_last_token(scheduler, model):
+  prompt = prompt_of(9)
+  free = alone(model, prompt, 12)
+  eos = free[5]
+  tokens, _, event = Client(scheduler, prompt=prompt, max_new_tokens=12, eos_token_ids=(eos,)).result()
+  assert event.finish_reason == "stop"
+  assert tokens == free[: free.index(eos) + 1]
+
+
+def test_a_request_gets_in_a_crowd_what_it_gets_alone(scheduler, model):
+  before = scheduler.stats.recompilations
+  rng = random.Random(5)
+  requests = [
+    dict(
+      prompt=prompt_of(rng.randint(1, 90), i),
+      max_new_tokens=rng.randint(1, 30),
+      sampling=dataclasses.replace(DRAWN, seed=i, top_p=1.0 if i % 4 else 0.5) if i % 3 else Sampling(),
+      logprobs=2 if i % 5 == 0 else None,
+    )
+    for i in range(24)
+  ]
+  clients = [Client(scheduler, **request) for request in requests]
+  for i in rng.sample(range(24), 6):
+    clients[i].ticket.cancel()
+  for client, request in zip(clients, requests, strict=True):
+    tokens, logprobs, event = client.result()
+    want = alone(model, request["prompt"], request["max_new_tokens"], request["sampling"])
+    if event.finish_reason == "cancelled":
+      assert tokens == want[: len(tokens)] and client.ticket.cancelled
+    else:
+      assert (tokens, event.finish_reason) == (want, "length")
+      assert len(logprobs) == (len(tokens) if request["logprobs"] else 0)
+  assert scheduler.stats.recompilations == before == 0
+  assert scheduler.stats.decoded_rows / scheduler.stats.decode_chunks > 1
+
+
+def test_logprobs_are_those_of_the_model(scheduler, model):
+  prompt = prompt_of(20)
+  tokens, logprobs, _ = Client(scheduler, prompt=prompt, max_new_tokens=7, sampling=DRAWN, logprobs=3).result()
+  logits = np.asarray(model(jnp.asarray([[*prompt, *tokens]])))[0, len(prompt) - 1 : -1]
+  want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  for token, row, said in zip(tokens, want, logprobs, strict=True):
+    assert said.logprob == pytest.approx(row[token], abs=1e-3)
+    assert said.top_ids == np.argsort(-row)[:3].tolist()
+    np.testing.assert_allclose(said.top_logprobs, np.sort(row)[::-1][:3], atol=1e-3)
+
+
+def test_a_long_prompt_does_not_stall_the_others(scheduler):
+  short = Client(scheduler, prompt=prompt_of(4), max_new_tokens=100)
+  short.events.get(timeout=TIMEOUT)
+  order = []
+  long = GenerationRequest(prompt=prompt_of(120), max_new_tokens=1)
+  scheduler.submit(long, lambda event: order.append("long"))
+  while "long" not in order:
+    event = short.events.get(timeout=TIMEOUT)
+    order.append("short")
+    assert event.finish_reason is None
+  short.ticket.cancel()
+  assert order.count("short") >= 3  # four chunks of prompt, with steps of the short one between them
+
+
+def test_cancelling_frees_the_slot_within_a_chunk(scheduler):
+  clients = [Client(scheduler, prompt=prompt_of(3, i), max_new_tokens=120) for i in range(CONFIG.slots)]
+  waiting = Client(scheduler, prompt=prompt_of(3), max_new_tokens=2)
+  gone = Client(scheduler, prompt=prompt_of(3), max_new_tokens=2)
+  gone.ticket.cancel()
+  clients[0].events.get(timeout=TIMEOUT)
+  clients[0].ticket.cancel()
+  assert clients[0].result()[2].finish_reason == "cancelled"
+  assert waiting.result()[2].finish_reason == "length"
+  assert gone.result()[::2] == ([], TokenEvent([], None, "cancelled"))
+  for client in clients[1:]:
+    client.ticket.cancel()
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(prompt=()), "prompt is empty"),
+    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+    (dict(prompt=prompt_of(120), max_new_tokens=9), "the prompt has 120 tokens .* together 129, .* at most 128"),
+    (dict(prompt=(5, 97)), "token id 97, which must be in 0 .. 96"),
+    (dict(prompt=(-1,)), "token id -1"),
+    (dict(logprobs=6), "logprobs=6 must be at most 5"),
+    (dict(logprobs=-1), "logprobs=-1 must be at least 0"),
+    (dict(eos_token_ids=tuple(range(9))), "eos_token_ids has 9 tokens, must have at most 8"),
+  ],
+)
+def test_what_cannot_be_served_is_refused_at_once(scheduler, change, message):
+  with pytest.raises(ValueError, match=message):
+    Client(scheduler, **(dict(prompt=(1, 2), max_new_tokens=3) | change))
+
+
+def test_a_receiver_that_raises_harms_nobody(scheduler):
+  def broken(event):
+    raise OSError("gone")
+
+  scheduler.submit(GenerationRequest(prompt=(1, 2), max_new_tokens=20), broken)
+  assert Client(scheduler, prompt=(1, 2, 3), max_new_tokens=5).result()[2].finish_reason == "length"
+
+
+def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, monkeypatch):
+  scheduler = Scheduler(
+    model, CONFIG
+  )  # what the programs are compiled for is that of the other scheduler: no compiling
+  scheduler.start()
+  healthy, faults = engine_module._decode, iter([True])
+
+  def faulty(*arguments, **options):
+    if next(faults, False):
+      raise RuntimeError("out of memory")
+    return healthy(*arguments, **options)
+
+  monkeypatch.setattr(engine_module, "_decode", faulty)
+  first = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8)
+  tokens, _, event = first.result()
+  assert event.finish_reason == "error" and "RuntimeError: out of memory" in event.error
+  tokens, _, event = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8).result()
+  assert (tokens, event.finish_reason) == (alone(model, (1, 2, 3), 8), "length")
+  assert scheduler.stats.faults == 1 and scheduler.ready
+  assert scheduler.drain(TIMEOUT)
+
+
+def test_too_many_faults_in_a_row_end_it(model, monkeypatch):
+  scheduler = Scheduler(model, CONFIG)
+  scheduler.start()
+
+  def faulty(*arguments, **options):
+    raise RuntimeError("lost the device")
+
+  monkeypatch.setattr(engine_module, "_decode", faulty)
+  clients = [Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8) for _ in range(20)]
+  assert {client.result()[2].finish_reason for client in clients} == {"error"}
+  assert not scheduler.ready
+  with pytest.raises(Draining):
+    Client(scheduler, prompt=(1,), max_new_tokens=1)
+
+
+def test_the_queue_is_bounded_and_draining_finishes_what_is_in_it(model):
+  scheduler = Scheduler(model, dataclasses.replace(CONFIG, queue_limit=2))
+  scheduler.start()
+  running = []
+  for _ in range(CONFIG.slots):
+    running.append(Client(scheduler, prompt=(1, 2), max_new_tokens=120))
+    running[-1].events.get(timeout=TIMEOUT)
+  waiting = [Client(scheduler, prompt=(1, 2), max_new_tokens=3) for _ in range(2)]
+  with pytest.raises(QueueFull, match="2 requests wait already"):
+    Client(scheduler, prompt=(1, 2), max_new_tokens=3)
+  drained = threading.Thread(target=scheduler.drain, args=(TIMEOUT,))
+  drained.start()
+  assert [client.result()[2].finish_reason for client in (*running, *waiting)] == ["length"] * 6
+  drained.join(TIMEOUT)
+  with pytest.raises(Draining):
+    Client(scheduler, prompt=(1,), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(slots=0), "slots=0 must be at least 1"),
+    (dict(prefill_chunk=48), "prefill_chunk=48 must be a power of two"),
+    (dict(prefill_chunk=8), "prefill_chunk=8 must be a power of two, at least 16"),
+  ],
+)
+def test_a_config_checks_itself(change, message):
+  with pytest.raises(ValueError, match=message):
+    ServingConfig(**change)
