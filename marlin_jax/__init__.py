@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """4-bit inference for JAX: a float model goes in, a quantized Flax model that generates text comes out."""
 
-from marlin_jax.checkpoint import CheckpointError, load_model, quantize_checkpoint, save_model
-from marlin_jax.convert import convert, quantize, quantize_variables
+from marlin_jax.calibration import Awq, Gptq
+from marlin_jax.checkpoint import CheckpointError, load_model, save_model
+from marlin_jax.convert import convert, quantize_variables
 from marlin_jax.linen import QuantDense
 from marlin_jax.nnx import QuantLinear, QuantParam
 from marlin_jax.ops import quant_matmul
 from marlin_jax.packing import pack, unpack
+from marlin_jax.quantization import quantize, quantize_checkpoint
 from marlin_jax.quantized import PackedTensor, QuantizedTensor, QuantSpec
 from marlin_jax.quantizers.rtn import quantize_rtn
 from marlin_jax.text import generate, stream
 
 __all__ = [
+  "Awq",
   "CheckpointError",
+  "Gptq",
   "PackedTensor",
   "QuantDense",
   "QuantLinear",

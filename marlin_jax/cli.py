@@ -14,13 +14,18 @@ from marlin_jax.bench.matmul import BATCHES, bench_matmul
 from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
 from marlin_jax.bench.model import bench_model
 from marlin_jax.bench.plot import FIGURES, plot_matmul
+from marlin_jax.bench.quality import GROUP_SIZES, METHODS, bench_quality
 from marlin_jax.bench.shapes import SHAPES as MODELS
 from marlin_jax.bench.shapes import read_shape
 from marlin_jax.bench.tune import tune
-from marlin_jax.checkpoint import load_model, quantize_checkpoint
+from marlin_jax.calibration import Gptq
+from marlin_jax.calibration.text import read_texts
+from marlin_jax.checkpoint import load_model
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
+from marlin_jax.demo import calibration_texts, heldout_text, model_path
 from marlin_jax.demo.run import run_demo
 from marlin_jax.generation.sampling import Sampling
+from marlin_jax.quantization import CALIBRATED, QUANTIZERS, quantize_checkpoint
 from marlin_jax.quantized import QuantSpec
 from pallas_kernels import MatmulProblem
 from pallas_kernels.tuning import CONFIGS
@@ -46,7 +51,20 @@ def _parser() -> argparse.ArgumentParser:
   quantize.add_argument("destination", type=Path, help="folder to write; must not exist yet")
   quantize.add_argument("--bits", type=int, default=4)
   quantize.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
-  quantize.add_argument("--asymmetric", action="store_true", help="a zero point of its own for every group")
+  symmetry = quantize.add_mutually_exclusive_group()
+  symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=None, help="no zero points")
+  symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
+  quantize.add_argument(
+    "--method",
+    choices=(*QUANTIZERS, *CALIBRATED),
+    default="rtn",
+    help="rtn (default) and hqq need no data; gptq and awq read text",
+  )
+  quantize.add_argument("--act-order", action="store_true", help="gptq: groups of features with similar inputs")
+  quantize.add_argument(
+    "--damping", type=float, default=Gptq().damping, help="gptq: of the Hessian (default %(default)s)"
+  )
+  _add_calibration(quantize, length=2048)
   quantize.add_argument(
     "--format",
     choices=("native", "compressed-tensors"),
@@ -106,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
   model.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
   model.add_argument("--output", type=Path, help="CSV file to write")
   model.set_defaults(run=_bench_model)
+  quality = bench.add_parser("quality", help="perplexity by method of quantization; a CPU is enough")
+  quality.add_argument("model", nargs="?", help="float checkpoint folder (default: the demo model)")
+  quality.add_argument("--heldout", type=Path, metavar="FILE", help="text to score (default: the demo model's)")
+  quality.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
+  quality.add_argument("--bits", type=int, choices=(4, 8), nargs="+", default=(4, 8))
+  quality.add_argument("--group-sizes", type=_group_size, nargs="+", default=GROUP_SIZES, metavar="SIZE")
+  quality.add_argument("--windows", type=int, default=32, help="of the model's context to score (default %(default)s)")
+  _add_calibration(quality, length=512)
+  quality.add_argument("--output", type=Path, help="CSV file to write")
+  quality.set_defaults(run=_bench_quality)
   plot = bench.add_parser("plot", help="draw the table of `bench matmul`")
   plot.add_argument("table", type=Path)
   plot.add_argument("image", type=Path)
@@ -121,6 +149,18 @@ def _group_size(text: str) -> int | None:
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--shapes", nargs="+", metavar="KxN", help=f"or {', '.join(NAMED_SHAPES)}")
   parser.add_argument("--model", help=f"all layers of a config.json, or of one of {', '.join(MODELS)}")
+
+
+def _add_calibration(parser: argparse.ArgumentParser, *, length: int) -> None:
+  parser.add_argument(
+    "--calibration", type=Path, nargs="+", metavar="FILE", help="text to calibrate on (default: Python's own sources)"
+  )
+  parser.add_argument("--calibration-count", type=int, default=128, help="windows of it (default %(default)s)")
+  parser.add_argument("--calibration-length", type=int, default=length, help="tokens of a window (default %(default)s)")
+
+
+def _calibration(arguments: argparse.Namespace) -> list[str]:
+  return calibration_texts() if arguments.calibration is None else read_texts(arguments.calibration)
 
 
 def _shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
@@ -167,9 +207,37 @@ def _bench_model(arguments: argparse.Namespace) -> None:
   )
 
 
+def _bench_quality(arguments: argparse.Namespace) -> None:
+  bench_quality(
+    arguments.model or model_path(),
+    heldout_text() if arguments.heldout is None else read_texts([arguments.heldout])[0],
+    _calibration(arguments),
+    methods=arguments.methods,
+    bits=arguments.bits,
+    group_sizes=arguments.group_sizes,
+    windows=arguments.windows,
+    calibration_count=arguments.calibration_count,
+    calibration_length=arguments.calibration_length,
+    output=arguments.output,
+  )
+
+
 def _quantize(arguments: argparse.Namespace) -> None:
-  spec = QuantSpec(bits=arguments.bits, group_size=arguments.group_size, symmetric=not arguments.asymmetric)
-  quantize_checkpoint(arguments.source, arguments.destination, spec, format=arguments.format)
+  method: str | Gptq = arguments.method
+  if method == "gptq":
+    method = Gptq(damping=arguments.damping, act_order=arguments.act_order)
+  quantize_checkpoint(
+    arguments.source,
+    arguments.destination,
+    bits=arguments.bits,
+    group_size=arguments.group_size,
+    symmetric=arguments.symmetric,
+    method=method,
+    calibration=_calibration(arguments) if arguments.method in CALIBRATED else None,
+    calibration_count=arguments.calibration_count,
+    calibration_length=arguments.calibration_length,
+    format=arguments.format,
+  )
   print(describe_checkpoint(arguments.destination))
 
 

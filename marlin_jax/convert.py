@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
 from marlin_jax.quantized import PACKED_FIELDS, QuantSpec
+from marlin_jax.quantizers import Quantizer
+from marlin_jax.quantizers.rtn import quantize_rtn
 
 Path = tuple[str | int, ...]
 
@@ -24,12 +26,16 @@ class LayerReport:
     path: from the root of the model.
     skipped: why the layer was left as it was; None if it was quantized.
     bytes_before, bytes_after: of the weight, without bias.
+    output_error: |x w - x v|^2 / |x w|^2 over the calibration tokens, v being the quantized weight; None without them.
+    note: what was out of the ordinary, or None.
   """
 
   path: Path
   skipped: str | None
   bytes_before: int
   bytes_after: int
+  output_error: float | None = None
+  note: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class Report:
     before, after = (sum(getattr(layer, name) for layer in self.quantized) for name in ("bytes_before", "bytes_after"))
     lines = [f"quantized {len(self.quantized)} layers, {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"]
     lines += [f"skipped {'.'.join(map(str, layer.path))}: {layer.skipped}" for layer in self.skipped]
+    lines += [f"{'.'.join(map(str, layer.path))}: {layer.note}" for layer in self.layers if layer.note]
     return "\n".join(lines)
 
 
@@ -63,6 +70,7 @@ def convert(
   model: nnx.Module,
   spec: QuantSpec = QuantSpec(),
   *,
+  quantizer: Quantizer = quantize_rtn,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
   device=None,
   progress: bool = False,
@@ -75,6 +83,7 @@ def convert(
   Args:
     model: any tree of NNX modules, lists and dicts among them.
     spec: bits, group size and symmetry.
+    quantizer: round to nearest with searched scales, or another that takes (w, spec).
     predicate: (path, layer) -> whether to quantize it.
     device: where the packed weights go; None leaves them where the kernels lie.
     progress: show a progress bar on stderr.
@@ -94,12 +103,12 @@ def convert(
   for path, parent, name, linear in tqdm(holders, desc="quantize", unit="layer", disable=not progress):
     path = (*path, name)
     nbytes = linear.kernel[...].nbytes
-    if reason := _reason_to_skip(path, linear, predicate):
+    if reason := reason_to_skip(path, linear, predicate):
       layers.append(LayerReport(path=path, skipped=reason, bytes_before=nbytes, bytes_after=nbytes))
       continue
     if id(linear) not in replaced:
       try:
-        replaced[id(linear)] = QuantLinear.from_linear(linear, spec, device=device)
+        replaced[id(linear)] = QuantLinear.from_linear(linear, spec, quantizer=quantizer, device=device)
       except ValueError as error:
         raise ValueError(f"layer {'.'.join(map(str, path))}: {error}") from error
       nbytes_after = replaced[id(linear)].packed.nbytes
@@ -111,7 +120,8 @@ def convert(
   return Report(tuple(layers))
 
 
-def _reason_to_skip(path, linear, predicate) -> str | None:
+def reason_to_skip(path: Path, linear: nnx.Linear, predicate: Callable[[Path, nnx.Linear], bool]) -> str | None:
+  """Why `convert` leaves a dense layer as it is; None if it does not."""
   if type(linear) is not nnx.Linear:
     return f"{type(linear).__name__} is not nnx.Linear itself and may compute something else"
   if linear.dot_general is not jax.lax.dot_general:
@@ -119,23 +129,6 @@ def _reason_to_skip(path, linear, predicate) -> str | None:
   if not predicate(path, linear):
     return "the predicate says so"
   return None
-
-
-def quantize(
-  model: nnx.Module,
-  *,
-  bits: int = 4,
-  group_size: int | None = 128,
-  symmetric: bool = True,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
-  progress: bool = True,
-) -> nnx.Module:
-  """Quantizes the dense layers of `model` in place, prints what it did and returns the model; see `convert`."""
-  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
-  report = convert(model, spec, predicate=predicate, progress=progress)
-  if progress:
-    tqdm.write(str(report))
-  return model
 
 
 def quantize_variables(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from marlin_jax.ops import quant_matmul
 from marlin_jax.packing import pack
 from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
+from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
 
 
@@ -19,10 +20,10 @@ class QuantParam(nnx.Variable):
   """A part of a quantized weight. Not an `nnx.Param`: an optimizer that takes parameters leaves it alone."""
 
 
-@partial(jax.jit, static_argnames=("spec",))
-def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec) -> PackedTensor:
+@partial(jax.jit, static_argnames=("spec", "quantizer"))
+def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec, quantizer: Quantizer = quantize_rtn) -> PackedTensor:
   """The packed weight nearest to `w`, with scales of w's dtype: one compiled program a shape."""
-  return pack(quantize_rtn(w, spec))
+  return pack(quantizer(w, spec))
 
 
 class QuantLinear(nnx.Module):
@@ -81,11 +82,15 @@ class QuantLinear(nnx.Module):
     return self
 
   @classmethod
-  def from_linear(cls, linear: nnx.Linear, spec: QuantSpec = QuantSpec(), *, device=None) -> "QuantLinear":
-    """Quantizes a float layer (round to nearest, searched scales); bias and dtype are taken over.
+  def from_linear(
+    cls, linear: nnx.Linear, spec: QuantSpec = QuantSpec(), *, quantizer: Quantizer = quantize_rtn, device=None
+  ) -> "QuantLinear":
+    """Quantizes a float layer; bias and dtype are taken over.
 
     Args:
       linear: the trained layer; it is not changed.
+      spec: bits, group size and symmetry.
+      quantizer: round to nearest with searched scales, or another that takes (w, spec).
       device: where to quantize and leave the packed weight; None is where the kernel lies.
 
     Raises:
@@ -95,7 +100,7 @@ class QuantLinear(nnx.Module):
     w = w if device is None else jax.device_put(w, device)
     if not jnp.isfinite(w).all():
       raise ValueError("the kernel holds NaN or Inf, which no codes can represent")
-    return cls.from_packed(quantize_and_pack(w, spec), linear.bias, dtype=linear.dtype)
+    return cls.from_packed(quantize_and_pack(w, spec, quantizer), linear.bias, dtype=linear.dtype)
 
   @property
   def packed(self) -> PackedTensor:

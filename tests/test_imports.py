@@ -22,6 +22,8 @@ LAYERS = (
   "marlin_jax.checkpoint",
   "marlin_jax.generation",
   "marlin_jax.text",
+  "marlin_jax.calibration",
+  "marlin_jax.quantization",
   "marlin_jax.serving",
   "marlin_jax.bench",
   "marlin_jax.console",

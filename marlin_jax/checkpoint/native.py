@@ -52,12 +52,16 @@ from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, ope
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
-from marlin_jax.nnx import QuantLinear, quantize_and_pack
+from marlin_jax.nnx import QuantLinear, QuantParam, quantize_and_pack
 from marlin_jax.packing import unpack
 from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
+from marlin_jax.quantizers import Quantizer
+from marlin_jax.quantizers.rtn import quantize_rtn
 from pallas_kernels import layout
 
 FORMAT_VERSION = 1
+
+Format = Literal["native", "compressed-tensors"]
 
 
 class NativeLayers(QuantizedLayers):
@@ -157,41 +161,52 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> Quantized
 _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
-def save_model(model: Decoder, path: str | os.PathLike[str], *, max_shard_bytes: int = 2 << 30) -> None:
+def save_model(
+  model: Decoder, path: str | os.PathLike[str], *, format: Format = "native", max_shard_bytes: int = 2 << 30
+) -> None:
   """Write a model, float or with QuantLinear layers, so that `load_model` reads back the same tensors bit for bit.
 
   Args:
     model: what to write; its tokenizer goes with it.
     path: a folder that does not exist yet, or is empty. It appears when it is complete.
+    format: of the quantized layers: "native", or "compressed-tensors", which other tools read.
     max_shard_bytes: larger models are cut into several files with an index.
 
   Raises:
     CheckpointError: the folder is not empty, or cannot be written (a full disk); nothing is left behind.
-    ValueError: no Hugging Face architecture expresses the model's config.
+    ValueError: no Hugging Face architecture expresses the model's config, or the format does not hold the layers
+      (compressed-tensors has whole zero points only).
   """
-  model = unfuse(model)
+  if format not in _ENCODERS:
+    raise ValueError(f"{format=} must be one of {', '.join(_ENCODERS)}")
+  model = unfuse(nnx.merge(*nnx.split(model)))  # of a copy: the caller's stays fused
   config = model.config.to_hf() | {"dtype": model.dtype.name}
   quantized = {tensor_name(p): layer for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)}
   if quantized:
-    config["quantization_config"] = _quantization_config(quantized)
+    config["quantization_config"] = _quantization_config(quantized, format, ignore=list(dense_layers(model)))
   with new_folder(path) as folder:
     writer = ShardWriter(folder, max_shard_bytes)
+    for name, layer in quantized.items():
+      for leaf, array in _ENCODERS[format](layer.packed).items():
+        writer.add(f"{name}.{leaf}", array)
     for parameter_path, variable in nnx.to_flat_state(nnx.state(model)):
-      array = np.asarray(variable[...])
-      writer.add(tensor_name(parameter_path), array.T if parameter_path[-1] == "kernel" else array)
+      if not isinstance(variable, QuantParam):
+        array = np.asarray(variable[...])
+        writer.add(tensor_name(parameter_path), array.T if parameter_path[-1] == "kernel" else array)
     writer.close()
     write_json(folder / "config.json", config)
     if model.tokenizer is not None:
       model.tokenizer.save(folder)
 
 
-def quantize_checkpoint(
+def quantize_tensors(
   source: str | os.PathLike[str],
   destination: str | os.PathLike[str],
   spec: QuantSpec = QuantSpec(),
   *,
+  quantizer: Quantizer = quantize_rtn,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
-  format: Literal["native", "compressed-tensors"] = "native",
+  format: Format = "native",
   device=None,
   max_shard_bytes: int = 2 << 30,
   progress: bool = True,
@@ -205,6 +220,7 @@ def quantize_checkpoint(
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
     spec: bits, group size and symmetry.
+    quantizer: round to nearest with searched scales, or another that takes (w, spec).
     predicate: (path, layer) -> whether to quantize a dense layer; the layers have shapes but no values.
     format: of the result.
     device: where the arithmetic is done; None is JAX's default device.
@@ -230,17 +246,12 @@ def quantize_checkpoint(
       spec.groups(layer.in_features)
     except ValueError as error:
       raise ValueError(f"layer {name}: {error}") from None
-  if format == "native":
-    encode, settings = _encode, _settings(spec)
-  elif format == "compressed-tensors":
+  if format not in _ENCODERS:
+    raise ValueError(f"{format=} must be one of {', '.join(_ENCODERS)}")
+  settings = _settings(spec)
+  if format == "compressed-tensors":
     ignore = [name for name in dense_layers(model) if name not in chosen]
     settings = compressed_tensors.quantization_config(dict.fromkeys(chosen, (spec, False)), ignore)
-
-    def encode(w: PackedTensor) -> dict[str, np.ndarray]:
-      return compressed_tensors.encode(unpack(w))
-
-  else:
-    raise ValueError(f"{format=} must be 'native' or 'compressed-tensors'")
   names = [tensor_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
   with new_folder(destination) as folder:
     writer = ShardWriter(folder, max_shard_bytes)
@@ -248,7 +259,7 @@ def quantize_checkpoint(
       array = read_float(checkpoint, name, None, device)
       layer_name, _, leaf = name.rpartition(".")
       if leaf == "weight" and layer_name in chosen:
-        for part, value in encode(quantize_and_pack(array.T, spec)).items():
+        for part, value in _ENCODERS[format](quantize_and_pack(array.T, spec, quantizer)).items():
           writer.add(f"{layer_name}.{part}", value)
       else:
         writer.add(name, np.asarray(array))
@@ -264,23 +275,32 @@ def _encode(w: PackedTensor) -> dict[str, np.ndarray]:
   return {field: np.asarray(array) for field, array in fields.items() if array is not None}
 
 
+_ENCODERS: dict[str, Callable[[PackedTensor], dict[str, np.ndarray]]] = {
+  "native": _encode,
+  "compressed-tensors": lambda w: compressed_tensors.encode(unpack(w)),
+}
+
+
+def _kind(w: PackedTensor) -> tuple[QuantSpec, bool]:
+  """The spec of a weight, and whether it has act-order."""
+  group_size = w.group_size if w.scales.shape[0] > 1 else None
+  return QuantSpec(bits=w.bits, group_size=group_size, symmetric=w.zeros is None), w.permutation is not None
+
+
 def _settings(spec: QuantSpec) -> dict[str, Any]:
   return (
     {"quant_method": "marlin_jax", "format_version": FORMAT_VERSION} | dataclasses.asdict(spec) | {"act_order": False}
   )
 
 
-def _quantization_config(layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
-  """The settings that most layers share, and the layers that differ from them."""
+def _quantization_config(layers: Mapping[str, QuantLinear], format: str, ignore: list[str]) -> dict[str, Any]:
+  """In our format the settings that most layers share, and the layers that differ from them."""
   packed = {name: layer.packed for name, layer in layers.items()}
+  if format == "compressed-tensors":
+    return compressed_tensors.quantization_config({name: _kind(w) for name, w in packed.items()}, ignore)
   settings = {
-    name: dict(
-      bits=w.bits,
-      group_size=w.group_size if w.scales.shape[0] > 1 else None,
-      symmetric=w.zeros is None,
-      act_order=w.permutation is not None,
-    )
-    for name, w in packed.items()
+    name: dataclasses.asdict(spec) | {"act_order": act_order}
+    for name, (spec, act_order) in ((name, _kind(w)) for name, w in packed.items())
   }
   common = {}
   for key in ("bits", "group_size", "symmetric", "act_order"):

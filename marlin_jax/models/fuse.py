@@ -33,8 +33,12 @@ def fuse(model: Decoder) -> Decoder:
 
 
 def unfuse(model: Decoder) -> Decoder:
-  """A model of the same weights whose layers are those of the checkpoint again; the argument is not changed."""
-  config, model = model.config, nnx.merge(*nnx.split(model))
+  """Makes the layers of the checkpoint again of those that `fuse` made, in place, with the same columns.
+
+  Returns:
+    The model.
+  """
+  config = model.config
   kv_features = config.num_kv_heads * config.head_dim
   for layer in model.layers:
     _unfuse(layer.attention, _QKV, _QKV_PARTS, (config.num_heads * config.head_dim, kv_features, kv_features))

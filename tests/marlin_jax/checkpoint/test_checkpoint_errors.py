@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from marlin_jax.checkpoint import CheckpointError, load_model, quantize_checkpoint, save_model
+from marlin_jax.checkpoint import CheckpointError, load_model, quantize_tensors, save_model
 from marlin_jax.quantized import QuantSpec
 
 DATA = Path(__file__).parents[2] / "data"
@@ -230,14 +230,14 @@ def test_broken_float_checkpoints(tmp_path, source, damage, message):
   with pytest.raises(CheckpointError, match=message):
     load_model(folder)
   with pytest.raises(CheckpointError, match=message):
-    quantize_checkpoint(folder, tmp_path / "out", QuantSpec(group_size=64), progress=False)
+    quantize_tensors(folder, tmp_path / "out", QuantSpec(group_size=64), progress=False)
   assert [path.name for path in tmp_path.iterdir() if path.name not in ("model", "elsewhere.safetensors")] == []
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
   folder = tmp_path_factory.mktemp("quantized") / "model"
-  quantize_checkpoint(SINGLE, folder, QuantSpec(group_size=64), progress=False)
+  quantize_tensors(SINGLE, folder, QuantSpec(group_size=64), progress=False)
   return folder
 
 
@@ -286,7 +286,7 @@ def test_an_output_folder_that_is_taken(tmp_path):
   model = load_model(SINGLE)
   for write_into in (
     lambda path: save_model(model, path),
-    lambda path: quantize_checkpoint(SINGLE, path, QuantSpec(group_size=64), progress=False),
+    lambda path: quantize_tensors(SINGLE, path, QuantSpec(group_size=64), progress=False),
   ):
     with pytest.raises(CheckpointError, match="exists and is not empty"):
       write_into(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from marlin_jax.checkpoint import load_model, quantize_checkpoint
+from marlin_jax.checkpoint import load_model, quantize_tensors
 from marlin_jax.packing import unpack
 from marlin_jax.quantized import QuantSpec
 from tests.marlin_jax.checkpoint.test_foreign_formats import quantized_layers
@@ -25,7 +25,7 @@ def test_the_library_reads_back_the_same_weights(tmp_path, bits, symmetric, grou
   from safetensors.torch import load_file
 
   spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
-  quantize_checkpoint(SOURCE, tmp_path / "out", spec, format="compressed-tensors", progress=False)
+  quantize_tensors(SOURCE, tmp_path / "out", spec, format="compressed-tensors", progress=False)
   settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
   config = QuantizationConfig.model_validate(settings)
   (scheme,) = config.config_groups.values()

@@ -15,12 +15,12 @@ from marlin_jax.checkpoint import (
   CheckpointError,
   load_model,
   open_checkpoint,
-  quantize_checkpoint,
+  quantize_tensors,
   safetensors_files,
   save_model,
 )
-from marlin_jax.convert import quantize
 from marlin_jax.nnx import QuantLinear
+from marlin_jax.quantization import quantize
 from marlin_jax.quantized import QuantSpec
 from marlin_jax.text import generate
 
@@ -63,7 +63,7 @@ def test_load_quantize_save_load_gives_the_same_model(name, tmp_path):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_streaming_writes_what_the_model_in_memory_would(name, tmp_path):
   save_model(quantize(load_model(DATA / name), group_size=32, progress=False), tmp_path / "memory")
-  quantize_checkpoint(DATA / name, tmp_path / "streamed", QuantSpec(group_size=32), progress=False)
+  quantize_tensors(DATA / name, tmp_path / "streamed", QuantSpec(group_size=32), progress=False)
   assert_same_tensors(tmp_path / "memory", tmp_path / "streamed")
   assert load_model(tmp_path / "memory").config == load_model(tmp_path / "streamed").config
 
@@ -75,7 +75,7 @@ def test_a_float_model_comes_back_as_it_was(tmp_path):
 
 
 def test_format_and_files(tmp_path):
-  quantize_checkpoint(DATA / "llama-bf16", tmp_path / "out", QuantSpec(group_size=None), progress=False)
+  quantize_tensors(DATA / "llama-bf16", tmp_path / "out", QuantSpec(group_size=None), progress=False)
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   qweight, scales = (tensors[f"model.layers.0.mlp.down_proj.{part}"] for part in ("qweight", "scales"))
   assert qweight.dtype == np.int16 and qweight.shape == (256 // 64, 512 // 64, 32, 32)
@@ -131,7 +131,7 @@ def test_bits_zeros_and_act_order_of_single_layers_come_back(tmp_path):
 
 def test_a_column_that_is_one_group_of_the_common_size_is_no_exception(tmp_path):
   # K is 128 everywhere but in down_proj, so most layers have one group of 128.
-  quantize_checkpoint(TIED, tmp_path / "streamed", progress=False)
+  quantize_tensors(TIED, tmp_path / "streamed", progress=False)
   save_model(load_model(tmp_path / "streamed"), tmp_path / "saved")
   settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
   expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
@@ -140,8 +140,8 @@ def test_a_column_that_is_one_group_of_the_common_size_is_no_exception(tmp_path)
 
 
 def test_shards_with_an_index(tmp_path):
-  quantize_checkpoint(TIED, tmp_path / "one", QuantSpec(group_size=64), progress=False)
-  quantize_checkpoint(TIED, tmp_path / "many", QuantSpec(group_size=64), max_shard_bytes=40_000, progress=False)
+  quantize_tensors(TIED, tmp_path / "one", QuantSpec(group_size=64), progress=False)
+  quantize_tensors(TIED, tmp_path / "many", QuantSpec(group_size=64), max_shard_bytes=40_000, progress=False)
   assert_same_tensors(tmp_path / "one", tmp_path / "many")
   index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
   shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
@@ -156,7 +156,7 @@ def test_shards_with_an_index(tmp_path):
 
 
 def test_only_chosen_layers_are_quantized(tmp_path):
-  quantize_checkpoint(
+  quantize_tensors(
     TIED, tmp_path / "out", QuantSpec(group_size=64), predicate=lambda path, layer: "mlp" in path, progress=False
   )
   names = {name.rsplit(".", 2)[1] for name in open_checkpoint(tmp_path / "out") if name.endswith(".qweight")}
@@ -167,7 +167,7 @@ def test_other_tensors_keep_their_dtype(tmp_path):
   shutil.copytree(TIED, tmp_path / "source")
   tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(TIED / "model.safetensors").items()}
   save_file(tensors, tmp_path / "source" / "model.safetensors")
-  quantize_checkpoint(tmp_path / "source", tmp_path / "out", QuantSpec(group_size=64), progress=False)
+  quantize_tensors(tmp_path / "source", tmp_path / "out", QuantSpec(group_size=64), progress=False)
   out = open_checkpoint(tmp_path / "out")
   assert {out[name].dtype for name in out} == {np.dtype(np.float32), np.dtype(np.int16)}
 
@@ -186,14 +186,14 @@ def test_a_group_size_that_does_not_divide_k_writes_nothing(tmp_path):
   config = json.loads((source / "config.json").read_text())
   (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 224}))
   with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.down_proj: group_size=128 does not divide k=224"):
-    quantize_checkpoint(source, tmp_path / "out", progress=False)
+    quantize_tensors(source, tmp_path / "out", progress=False)
   assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_quantized_source_is_refused(tmp_path):
-  quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False)
+  quantize_tensors(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False)
   with pytest.raises(CheckpointError, match="is quantized already, must be a float checkpoint"):
-    quantize_checkpoint(tmp_path / "out", tmp_path / "again", progress=False)
+    quantize_tensors(tmp_path / "out", tmp_path / "again", progress=False)
 
 
 @pytest.mark.parametrize("full_after", [0, 2])
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, full_after):
   monkeypatch.setattr(safetensors_files, "save_file", fill_up)
   options = {"max_shard_bytes": 40_000}
   with pytest.raises(CheckpointError, match=r"out could not be written: .*No space left on device"):
-    quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False, **options)
+    quantize_tensors(TIED, tmp_path / "out", QuantSpec(group_size=64), progress=False, **options)
   written.clear()
   with pytest.raises(CheckpointError, match=r"out could not be written: .*No space left on device"):
     save_model(load_model(TIED), tmp_path / "out", **options)
@@ -235,7 +235,7 @@ def test_an_existing_empty_folder_is_filled(tmp_path):
 
 
 def test_a_progress_bar_is_shown(tmp_path, capsys):
-  quantize_checkpoint(TIED, tmp_path / "out", QuantSpec(group_size=64))
+  quantize_tensors(TIED, tmp_path / "out", QuantSpec(group_size=64))
   assert "quantize: 100%" in capsys.readouterr().err
 
 
@@ -245,8 +245,8 @@ def test_a_progress_bar_is_shown(tmp_path, capsys):
   ids=str,
 )
 def test_compressed_tensors_holds_the_same_weights(tmp_path, spec):
-  quantize_checkpoint(TIED, tmp_path / "ours", spec, progress=False)
-  quantize_checkpoint(TIED, tmp_path / "theirs", spec, format="compressed-tensors", progress=False)
+  quantize_tensors(TIED, tmp_path / "ours", spec, progress=False)
+  quantize_tensors(TIED, tmp_path / "theirs", spec, format="compressed-tensors", progress=False)
   assert_same_state(load_model(tmp_path / "ours"), load_model(tmp_path / "theirs"))
   tensors = open_checkpoint(tmp_path / "theirs")
   layer = "model.layers.0.mlp.down_proj"
@@ -261,7 +261,7 @@ def test_compressed_tensors_holds_the_same_weights(tmp_path, spec):
 
 
 def test_the_head_is_ignored_by_name(tmp_path):
-  quantize_checkpoint(DATA / "llama-bf16", tmp_path / "out", format="compressed-tensors", progress=False)
+  quantize_tensors(DATA / "llama-bf16", tmp_path / "out", format="compressed-tensors", progress=False)
   assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
   for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
     assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()

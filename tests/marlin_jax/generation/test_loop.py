@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from marlin_jax.convert import quantize
 from marlin_jax.generation import loop
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.generation.weights import split
+from marlin_jax.quantization import quantize
 
 NEW = 12
 PROMPTS = [[7, 3, 9], [1], list(range(20, 38)), [60, 0, 60, 0, 5]]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`marlin-jax bench quality`: what each method of quantization costs in perplexity, and in bits a weight."""
+
+import csv
+import datetime
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from marlin_jax.calibration import Awq, Gptq, quantize_calibrated
+from marlin_jax.calibration.text import calibration_sequences
+from marlin_jax.checkpoint import load_model
+from marlin_jax.convert import Report, convert
+from marlin_jax.generation.scoring import perplexity
+from marlin_jax.models.decoder import Decoder
+from marlin_jax.quantized import QuantSpec
+from marlin_jax.quantizers.hqq import quantize_hqq
+from marlin_jax.quantizers.rtn import quantize_rtn
+from pallas_kernels import current_device
+
+# Without data: (w, spec) -> codes. "rtn-plain" has the scale that just holds the largest weight.
+_QUANTIZERS = {"rtn-plain": partial(quantize_rtn, search=False), "rtn": quantize_rtn, "hqq": quantize_hqq}
+_CALIBRATED = {"awq": Awq(), "gptq": Gptq(), "gptq-act-order": Gptq(act_order=True)}
+METHODS = (*_QUANTIZERS, *_CALIBRATED)
+GROUP_SIZES = (32, 64, 128, None)
+
+
+def bench_quality(
+  path: str | os.PathLike[str],
+  heldout: str,
+  calibration: Sequence[str],
+  *,
+  methods: Sequence[str] = METHODS,
+  bits: Sequence[int] = (4, 8),
+  group_sizes: Sequence[int | None] = GROUP_SIZES,
+  windows: int = 32,
+  calibration_count: int = 128,
+  calibration_length: int = 512,
+  output: Path | None = None,
+) -> None:
+  """Scores a float model and the same model quantized in every way; prints rows, and writes each to a CSV as it comes.
+
+  All but the weights is the same: bfloat16, the same held-out windows of the model's context, the same calibration.
+  The table gives perplexity, its change, bits a weight with scales and zero points, and for calibrated methods the mean
+  over the layers of |x w - x v|^2 / |x w|^2 on the calibration text.
+
+  Args:
+    path: a float checkpoint with a tokenizer.
+    heldout: text that is scored.
+    calibration: texts that the calibrated methods read; not the held-out one.
+    methods: names of METHODS.
+    bits: 4, 8 or both.
+    group_sizes: None is one scale a column.
+    windows: how many windows of the held-out text, from its start.
+    calibration_count, calibration_length: of the calibration windows, in tokens.
+    output: CSV file to write.
+
+  Raises:
+    ValueError: an unknown method, or text too short for one window.
+  """
+  if unknown := set(methods) - set(METHODS):
+    raise ValueError(f"methods has {sorted(unknown)}, must be of {', '.join(METHODS)}")
+  model = load_model(path)
+  if model.tokenizer is None:
+    raise ValueError(f"{path} has no tokenizer.json, which scoring text needs")
+  window = model.config.max_position_embeddings
+  tokens = np.asarray(model.tokenizer.encode(heldout)[: windows * window], np.int32)
+  length = min(calibration_length, window)
+  sequences = calibration_sequences(model.tokenizer, calibration, count=calibration_count, length=length)
+  common = {
+    "tokens": len(tokens),
+    "calibration_tokens": sum(map(len, sequences)),
+    "device": current_device().kind,
+    "jax_version": jax.__version__,
+    "date": datetime.date.today().isoformat(),
+  }
+  before = perplexity(model, tokens, window=window)
+  print(f"bf16: perplexity {before:.4f} on {len(tokens)} tokens, on {common['device']}")
+  print("method          bits  group   bits/weight  perplexity   change  error of outputs  seconds", flush=True)
+  rows: list[dict[str, Any]] = [
+    dict(method="bf16", bits=16, group_size="", bits_per_weight=16.0, perplexity=round(before, 4), change_percent=0.0)
+  ]
+  for width in bits:
+    for group_size in group_sizes:
+      for method in methods:
+        spec = QuantSpec(bits=width, group_size=group_size, symmetric=method != "hqq")
+        model = load_model(path)
+        began = time.perf_counter()
+        report = _quantize(model, method, sequences, spec)
+        seconds = time.perf_counter() - began
+        after = perplexity(model, tokens, window=window)
+        rows.append(_row(method, spec, report, before, after) | {"seconds": round(seconds, 1)})
+        _print(rows[-1])
+        if output is not None:
+          _write(output, [row | common for row in rows])
+
+
+def _quantize(model: Decoder, method: str, sequences: Sequence[Sequence[int]], spec: QuantSpec) -> Report:
+  if method in _QUANTIZERS:
+    return convert(model, spec, quantizer=_QUANTIZERS[method])
+  return quantize_calibrated(model, sequences, _CALIBRATED[method], spec)
+
+
+def _row(method: str, spec: QuantSpec, report: Report, before: float, after: float) -> dict[str, Any]:
+  errors = [layer.output_error for layer in report.quantized if layer.output_error is not None]
+  nbytes_before, nbytes_after = (
+    sum(getattr(l, f"bytes_{when}") for l in report.quantized) for when in ("before", "after")
+  )
+  return {
+    "method": method,
+    "bits": spec.bits,
+    "group_size": spec.group_size or "column",
+    "bits_per_weight": round(16 * nbytes_after / nbytes_before, 3),
+    "perplexity": round(after, 4),
+    "change_percent": round(100 * (after / before - 1), 3),
+    "output_error": f"{np.mean(errors):.3e}" if errors else "",
+  }
+
+
+def _print(row: dict[str, Any]) -> None:
+  print(
+    f"{row['method']:<15} {row['bits']:>4}  {row['group_size']!s:>6}  {row['bits_per_weight']:>11.3f}  "
+    f"{row['perplexity']:>10.4f}  {row['change_percent']:>+6.2f}%  {row['output_error']:>16}  {row['seconds']:>7.1f}",
+    flush=True,
+  )
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+  output.parent.mkdir(parents=True, exist_ok=True)
+  with output.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)

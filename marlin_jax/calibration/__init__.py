@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers that look at what a model reads: GPTQ and AWQ on a decoder, layer by layer."""
+
+from marlin_jax.calibration.layerwise import quantize_calibrated
+from marlin_jax.calibration.methods import Awq, Gptq
+
+__all__ = ["Awq", "Gptq", "quantize_calibrated"]

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One word for every method, on a model in memory and on a folder; the maths is tested beside the quantizers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax import Awq, Gptq, QuantLinear, generate, load_model, quantize, quantize_checkpoint, unpack
+
+LLAMA = Path(__file__).parent.parent / "data" / "llama-bf16"
+SEQUENCES = np.random.default_rng(0).integers(0, 512, (4, 32)).tolist()
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 20]
+ALL = {"rtn": None, "hqq": None, "gptq": SEQUENCES, "awq": TEXTS}
+
+
+def layers(model):
+  return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(method, tmp_path):
+  options = dict(group_size=64, method=method, calibration=ALL[method], progress=False)
+  model = quantize(load_model(LLAMA), **options)
+  quantize_checkpoint(LLAMA, tmp_path / "out", **options)
+  loaded = load_model(tmp_path / "out")
+  assert len(layers(model)) == len(layers(loaded)) == 14
+  for a, b in zip(layers(model), layers(loaded), strict=True):
+    np.testing.assert_array_equal(a.qweight[...], b.qweight[...])
+    np.testing.assert_array_equal(a.scales[...], b.scales[...])
+    assert (a.zeros is not None) == (b.zeros is not None) == (method == "hqq")
+  assert generate(model, [[1, 2, 3]], max_new_tokens=4) == generate(loaded, [[1, 2, 3]], max_new_tokens=4)
+
+
+def test_methods_with_settings_of_their_own(tmp_path):
+  model = quantize(load_model(LLAMA), method=Gptq(act_order=True, damping=0.1), calibration=SEQUENCES, progress=False)
+  assert all(layer.permutation is not None for layer in layers(model))
+  asymmetric = quantize(load_model(LLAMA), method=Awq(), calibration=SEQUENCES, symmetric=False, progress=False)
+  assert all(layer.zeros is not None for layer in layers(asymmetric))
+
+
+@pytest.mark.parametrize("method", [Gptq(act_order=True), "awq"])
+def test_what_calibration_made_goes_out_as_compressed_tensors(method, tmp_path):
+  options = dict(method=method, calibration=SEQUENCES, progress=False)
+  quantize_checkpoint(LLAMA, tmp_path / "ours", **options)
+  quantize_checkpoint(LLAMA, tmp_path / "theirs", format="compressed-tensors", **options)
+  for a, b in zip(layers(load_model(tmp_path / "ours")), layers(load_model(tmp_path / "theirs")), strict=True):
+    np.testing.assert_array_equal(unpack(a.packed).dequantize(), unpack(b.packed).dequantize())
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(method="sparsegpt"), "method='sparsegpt' must be one of rtn, hqq, gptq, awq"),
+    (dict(method="gptq"), "method='gptq' needs calibration"),
+    (dict(method=Awq()), r"method=Awq\(\) needs calibration"),
+    (dict(method="rtn", calibration=TEXTS), "method='rtn' looks at no data"),
+    (dict(method="hqq", symmetric=True), "symmetric=True must be False"),
+    (dict(method="gptq", calibration="one text"), "calibration is one string"),
+    (dict(method="gptq", calibration=[]), "sequences is empty"),
+  ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    quantize(load_model(LLAMA), progress=False, **options)
+
+
+def test_calibration_needs_a_decoder_and_text_a_tokenizer():
+  with pytest.raises(ValueError, match="model is a Linear, must be a Decoder"):
+    quantize(nnx.Linear(128, 8, rngs=nnx.Rngs(0)), method="gptq", calibration=SEQUENCES)
+  model = load_model(LLAMA)
+  model.tokenizer = None
+  with pytest.raises(ValueError, match=r"model\.tokenizer is None"):
+    quantize(model, method="gptq", calibration=TEXTS)
+
+
+def test_a_format_that_cannot_hold_the_zero_points_leaves_nothing_behind(tmp_path):
+  with pytest.raises(ValueError, match="zero points must be whole numbers"):
+    quantize_checkpoint(LLAMA, tmp_path / "out", method="hqq", format="compressed-tensors", progress=False)
+  assert not list(tmp_path.iterdir())
