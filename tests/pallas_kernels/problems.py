@@ -72,3 +72,13 @@ def assert_close(y, x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.flo
 
 def packed(codes):
   return layout.pack_codes(codes)
+
+
+def sparse24_codes(rng, k: int, n: int, density: int | None = 2):
+  """2:4 sparse codes: `density` of every four are not 8 (None: 0, 1 or 2, a quad by a quad), all masks alike."""
+  quads = -(-k // 4)
+  codes = np.asarray(rng.choice([code for code in range(16) if code != layout.ZERO_CODE], (quads, 4, n)), np.uint8)
+  kept = rng.integers(0, 3, (quads, 1, n)) if density is None else density
+  rank = np.argsort(np.argsort(rng.random((quads, 4, n)), axis=1), axis=1)
+  codes = np.where(rank < kept, codes, layout.ZERO_CODE).astype(np.uint8)
+  return jnp.asarray(codes.reshape(-1, n)[:k])
