@@ -20,6 +20,14 @@ def random(rng, m: int, k: int, n: int, groups: int, dtype):
   return x, codes, scales_of(rng, groups, n, dtype)
 
 
+def prune24(codes):
+  """The codes with the two largest |code - 8| of every four kept, of equal ones the first: 2:4 sparse, all masks."""
+  k, n = codes.shape
+  size = np.abs(np.pad(np.asarray(codes, int), ((0, -k % 4), (0, 0)), constant_values=8) - 8).reshape(-1, 4, n)
+  rank = np.argsort(np.argsort(-size, axis=1, kind="stable"), axis=1, kind="stable")
+  return jnp.where((rank < 2).reshape(-1, n)[:k], codes, jnp.uint8(layout.ZERO_CODE))
+
+
 def exact_scales(rng, groups: int, n: int, dtype):
   """Powers of two: products and sums with them are exact."""
   return jnp.asarray(rng.choice([0.25, 0.5, 1.0], (groups, n)), dtype)
