@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
   quantize.add_argument("--bits", type=int, default=4)
   quantize.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
   quantize.add_argument("--asymmetric", action="store_true", help="a zero point of its own for every group")
+  quantize.add_argument("--sparse24", action="store_true", help="keep two of every four weights, the largest")
   quantize.add_argument(
     "--format",
     choices=("native", "compressed-tensors"),
@@ -168,7 +169,12 @@ def _bench_model(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-  spec = QuantSpec(bits=arguments.bits, group_size=arguments.group_size, symmetric=not arguments.asymmetric)
+  spec = QuantSpec(
+    bits=arguments.bits,
+    group_size=arguments.group_size,
+    symmetric=not arguments.asymmetric,
+    sparse24=arguments.sparse24,
+  )
   quantize_checkpoint(arguments.source, arguments.destination, spec, format=arguments.format)
   print(describe_checkpoint(arguments.destination))
 

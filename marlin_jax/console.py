@@ -32,7 +32,8 @@ def describe_matmuls(model: nnx.Module) -> str:
     w = layer.packed
     k, n = w.shape
     sizes = dict(m=1, n=n, k=k, group_size=w.group_size)
-    problem = MatmulProblem(**sizes, dtype=np.dtype(layer.dtype), bits=w.bits, zeros=w.zeros is not None)
+    kind = dict(bits=w.bits, zeros=w.zeros is not None, sparse24=w.meta is not None)
+    problem = MatmulProblem(**sizes, dtype=np.dtype(layer.dtype), **kind)
     chosen.add(choose_implementation(problem, device))
   names = ", ".join(sorted(chosen))
   if chosen == {"reference"}:
@@ -62,6 +63,7 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
     specs = sorted(
       {
         f"{s.bits} bits, {f'groups of {s.group_size}' if s.group_size else 'one scale a column'}"
+        + (", 2:4 sparse" if s.sparse24 else "")
         for s in quantized.values()
       }
     )

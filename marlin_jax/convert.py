@@ -11,7 +11,7 @@ from flax import nnx, traverse_util
 from tqdm import tqdm
 
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
-from marlin_jax.quantized import PACKED_FIELDS, QuantSpec
+from marlin_jax.quantized import QuantSpec, arrays_of
 
 Path = tuple[str | int, ...]
 
@@ -74,7 +74,7 @@ def convert(
 
   Args:
     model: any tree of NNX modules, lists and dicts among them.
-    spec: bits, group size and symmetry.
+    spec: bits, group size, symmetry and sparsity.
     predicate: (path, layer) -> whether to quantize it.
     device: where the packed weights go; None leaves them where the kernels lie.
     progress: show a progress bar on stderr.
@@ -127,11 +127,15 @@ def quantize(
   bits: int = 4,
   group_size: int | None = 128,
   symmetric: bool = True,
+  sparse24: bool = False,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
   progress: bool = True,
 ) -> nnx.Module:
-  """Quantizes the dense layers of `model` in place, prints what it did and returns the model; see `convert`."""
-  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+  """Quantizes the dense layers of `model` in place, prints what it did and returns the model; see `convert`.
+
+  With sparse24 the two largest of every four weights are kept and the others become zero: 3 bits a weight.
+  """
+  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, sparse24=sparse24)
   report = convert(model, spec, predicate=predicate, progress=progress)
   if progress:
     tqdm.write(str(report))
@@ -150,7 +154,7 @@ def quantize_variables(
 
   Args:
     variables: what `model.init` or training gave, with a collection "params".
-    spec: bits, group size and symmetry; the same as in the QuantDense layers.
+    spec: bits, group size, symmetry and sparsity; the same as in the QuantDense layers.
     predicate: (path, kernel) -> whether to quantize it.
 
   Raises:
@@ -174,8 +178,7 @@ def quantize_variables(
     except ValueError as error:
       raise ValueError(f"layer {'.'.join(layer)}: {error}") from error
     del params[path]
-    fields = {name: getattr(packed, name) for name in PACKED_FIELDS}
-    quant |= {(*layer, name): array for name, array in fields.items() if array is not None}
+    quant |= {(*layer, name): array for name, array in arrays_of(packed).items()}
     layers.append(LayerReport(path=layer, skipped=None, bytes_before=kernel.nbytes, bytes_after=packed.nbytes))
   converted = dict(variables, params=traverse_util.unflatten_dict(params), quant=traverse_util.unflatten_dict(quant))
   return converted, Report(tuple(layers))

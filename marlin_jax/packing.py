@@ -88,13 +88,13 @@ def concatenate(tensors: Sequence[Packed]) -> Packed:
     "bits": lambda t: t.bits,
     "groups": lambda t: t.scales.shape[0],
     "being 2:4 sparse": lambda t: isinstance(t, SparsePackedTensor),
-    "having zeros": lambda t: _zeros(t) is not None,
+    "having zeros": lambda t: t.zeros is not None,
   }.items():
     if len({of(tensor) for tensor in tensors}) > 1:
       raise ValueError(f"{name} must be the same in all tensors, not {[of(tensor) for tensor in tensors]}")
-  if any(not _equal(_permutation(tensor), _permutation(first)) for tensor in tensors):
+  if any(not _equal(tensor.permutation, first.permutation) for tensor in tensors):
     raise ValueError("permutation must be the same in all tensors")
-  names = ("scales",) if _zeros(first) is None else ("scales", "zeros")
+  names = ("scales",) if first.zeros is None else ("scales", "zeros")
   groups = {name: jnp.concatenate([getattr(tensor, name) for tensor in tensors], axis=1) for name in names}
   if all(tensor.shape[1] % layout.TILE == 0 for tensor in tensors[:-1]):
     words = {name: jnp.concatenate([getattr(tensor, name) for tensor in tensors]) for name in _words(first)}
@@ -117,7 +117,7 @@ def split(tensor: Packed, sizes: Sequence[int]) -> list[Packed]:
   parts, start = [], 0
   for size in sizes:
     columns = slice(start, start + size)
-    names = ("scales",) if _zeros(tensor) is None else ("scales", "zeros")
+    names = ("scales",) if tensor.zeros is None else ("scales", "zeros")
     groups = {name: getattr(tensor, name)[:, columns] for name in names}
     if whole is None:
       tiles = slice(start // layout.TILE, -(-columns.stop // layout.TILE))
@@ -136,14 +136,6 @@ def _words(tensor: Packed) -> tuple[str, ...]:
 
 def _pack_as(like: Packed, tensor: QuantizedTensor) -> Packed:
   return pack24(tensor) if isinstance(like, SparsePackedTensor) else pack(tensor)
-
-
-def _zeros(tensor: Packed):
-  return None if isinstance(tensor, SparsePackedTensor) else tensor.zeros
-
-
-def _permutation(tensor: Packed):
-  return None if isinstance(tensor, SparsePackedTensor) else tensor.permutation
 
 
 def _equal(a, b) -> bool:

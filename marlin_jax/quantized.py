@@ -8,6 +8,8 @@ They are types of their own so that a tensor in the wrong layout is a type error
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 from pallas_kernels import layout, layout24, reference
 
 SMALLEST_GROUP = 16
-# The arrays of both packed types: the names of a layer's variables too, and of the tensors in our checkpoints.
+# The arrays of the packed types: the names of a layer's variables too, and of the tensors in our checkpoints.
 PACKED_FIELDS = ("qweight", "meta", "scales", "zeros", "permutation")
 
 
@@ -147,6 +149,7 @@ class PackedTensor(_CheckedPytree):
   """
 
   _static = ("k",)
+  meta: ClassVar[None] = None
 
   qweight: Int16[Array, "N_tiles K_tiles rows 32"]
   scales: Float[Array, "G N"]
@@ -198,6 +201,8 @@ class SparsePackedTensor(_CheckedPytree):
   """
 
   _static = ("k",)
+  zeros: ClassVar[None] = None
+  permutation: ClassVar[None] = None
 
   qweight: Int16[Array, "N_tiles K_tiles 32 32"]
   meta: Int16[Array, "_ _ 32 16"]
@@ -233,6 +238,20 @@ class SparsePackedTensor(_CheckedPytree):
 
 
 Packed = PackedTensor | SparsePackedTensor
+
+
+def arrays_of(w: Packed) -> dict[str, Array]:
+  """Name -> array of the fields of a packed weight, those that it has."""
+  return {name: array for name in PACKED_FIELDS if (array := getattr(w, name)) is not None}
+
+
+def packed_of(k: int, arrays: Mapping[str, Array]) -> Packed:
+  """The inverse of `arrays_of`: 2:4 sparse if there are positions.
+
+  Raises:
+    ValueError: as the type's constructor.
+  """
+  return (SparsePackedTensor if "meta" in arrays else PackedTensor)(k=k, **arrays)
 
 
 def _nbytes(tensor: Packed) -> int:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as the fields of a PackedTensor.
+"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as the fields of packed tensors.
 
     float model                      quantized by this package
-    <layer>.weight   [N, K]          <layer>.qweight      int16 [N/64, K/64, 8 bits, 32], kernel order (docs/layout.md)
+    <layer>.weight   [N, K]          <layer>.qweight      int16 [N/64, K/64, 8 bits, 32], kernel order (docs/layout.md);
+                                                          2:4 sparse, the kept codes [N/64, K/128, 32, 32]
+                                     <layer>.meta         int16 [N/64, K/128, 32, 16], if it is 2:4 sparse
                                      <layer>.scales       float [G, N]
                                      <layer>.zeros        float [G, N], if it is not symmetric
                                      <layer>.permutation  int32 [K], if it has act-order
@@ -10,8 +12,8 @@
     config.json                      the same keys and "quantization_config"
 
 The layers that have a qweight are the quantized ones; quantization_config says how: {"quant_method": "marlin_jax",
-"format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "act_order": false}, and, where single layers
-differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
+"format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "sparse24": false, "act_order": false}, and, where
+single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
 """
 
 import dataclasses
@@ -54,8 +56,8 @@ from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
 from marlin_jax.packing import unpack
-from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
-from pallas_kernels import layout
+from marlin_jax.quantized import Packed, PackedTensor, QuantSpec, SparsePackedTensor, arrays_of
+from pallas_kernels import layout, layout24
 
 FORMAT_VERSION = 1
 
@@ -84,18 +86,28 @@ class NativeLayers(QuantizedLayers):
       super().__init__(checkpoint, {name: dataclasses.replace(spec, **s) for name, s in settings.items()})
     except (TypeError, ValueError, AttributeError) as error:
       raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
+    for name in self._act_order:
+      if self[name].sparse24:
+        raise NotImplementedError(
+          f"{checkpoint.folder}: layer {name} is 2:4 sparse and has act-order, which is not supported"
+        )
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
     spec = self[name]
     groups = spec.groups(k)
-    shapes = {"qweight": layout.qweight_shape(k, n, spec.bits), "scales": (groups, n)}
+    if spec.sparse24:
+      shapes = {"qweight": layout24.qweight_shape(k, n), "meta": layout24.meta_shape(k, n), "scales": (groups, n)}
+    else:
+      shapes = {"qweight": layout.qweight_shape(k, n, spec.bits), "scales": (groups, n)}
     if not spec.symmetric:
       shapes["zeros"] = (groups, n)
     if name in self._act_order:
       shapes["permutation"] = (k,)
     return {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}
 
-  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
+  def read(self, name: str, k: int, n: int, device) -> Packed:
+    if self[name].sparse24:
+      return self._read_sparse(name, k, device)
     permutation = None
     if name in self._act_order:
       permutation = read_integers(self.checkpoint, f"{name}.permutation", np.int32)
@@ -109,6 +121,19 @@ class NativeLayers(QuantizedLayers):
       scales=read_scales(self.checkpoint, f"{name}.scales", device),
       zeros=None if self[name].symmetric else read_float(self.checkpoint, f"{name}.zeros", None, device),
       permutation=permutation,
+      k=k,
+    )
+
+  def _read_sparse(self, name: str, k: int, device) -> SparsePackedTensor:
+    meta = jax.device_put(read_integers(self.checkpoint, f"{name}.meta", np.int16), device)
+    if not layout24.meta_is_sound(meta):
+      raise CheckpointError(
+        f"{self.checkpoint.folder}: tensor {name}.meta must hold two ascending positions for every four weights"
+      )
+    return SparsePackedTensor(
+      qweight=jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
+      meta=meta,
+      scales=read_scales(self.checkpoint, f"{name}.scales", device),
       k=k,
     )
 
@@ -204,7 +229,7 @@ def quantize_checkpoint(
   Args:
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
-    spec: bits, group size and symmetry.
+    spec: bits, group size, symmetry and sparsity.
     predicate: (path, layer) -> whether to quantize a dense layer; the layers have shapes but no values.
     format: of the result.
     device: where the arithmetic is done; None is JAX's default device.
@@ -236,7 +261,7 @@ def quantize_checkpoint(
     ignore = [name for name in dense_layers(model) if name not in chosen]
     settings = compressed_tensors.quantization_config(dict.fromkeys(chosen, (spec, False)), ignore)
 
-    def encode(w: PackedTensor) -> dict[str, np.ndarray]:
+    def encode(w: Packed) -> dict[str, np.ndarray]:
       return compressed_tensors.encode(unpack(w))
 
   else:
@@ -259,9 +284,8 @@ def quantize_checkpoint(
         shutil.copyfile(checkpoint.folder / file, folder / file)
 
 
-def _encode(w: PackedTensor) -> dict[str, np.ndarray]:
-  fields = {field: getattr(w, field) for field in PACKED_FIELDS}
-  return {field: np.asarray(array) for field, array in fields.items() if array is not None}
+def _encode(w: Packed) -> dict[str, np.ndarray]:
+  return {name: np.asarray(array) for name, array in arrays_of(w).items()}
 
 
 def _settings(spec: QuantSpec) -> dict[str, Any]:
@@ -278,12 +302,13 @@ def _quantization_config(layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
       bits=w.bits,
       group_size=w.group_size if w.scales.shape[0] > 1 else None,
       symmetric=w.zeros is None,
+      sparse24=w.meta is not None,
       act_order=w.permutation is not None,
     )
     for name, w in packed.items()
   }
   common = {}
-  for key in ("bits", "group_size", "symmetric", "act_order"):
+  for key in ("bits", "group_size", "symmetric", "sparse24", "act_order"):
     # A layer of one group fits any group size equal to its K too, so it has no vote unless all layers are like it.
     votes = Counter(setting[key] for setting in settings.values() if setting[key] is not None)
     common[key] = max(votes, key=votes.__getitem__, default=None)
@@ -293,5 +318,5 @@ def _quantization_config(layers: Mapping[str, QuantLinear]) -> dict[str, Any]:
       setting["group_size"] = packed[name].k
     if differing := {key: value for key, value in setting.items() if value != common[key]}:
       exceptions[name] = differing
-  spec = QuantSpec(bits=common["bits"], group_size=common["group_size"], symmetric=common["symmetric"])
-  return _settings(spec) | {"act_order": common["act_order"]} | ({"layers": exceptions} if exceptions else {})
+  act_order = common.pop("act_order")
+  return _settings(QuantSpec(**common)) | {"act_order": act_order} | ({"layers": exceptions} if exceptions else {})
