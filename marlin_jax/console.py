@@ -12,6 +12,7 @@ from marlin_jax.checkpoint.folder import find_folder
 from marlin_jax.checkpoint.huggingface import read_config
 from marlin_jax.checkpoint.native import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
+from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import GREEDY, Sampling
 from marlin_jax.models.decoder import Decoder
@@ -49,7 +50,7 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
   """
   folder = find_folder(path)
   hf, config = read_config(folder)
-  checkpoint = Checkpoint(folder)
+  hf, checkpoint = decompressed(hf, Checkpoint(folder))
   quantized = quantized_layers(hf, checkpoint)
   packed = [name for name in checkpoint if name.rpartition(".")[0] in quantized]
   sizes = {name: checkpoint.nbytes(name) for name in checkpoint}

@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from marlin_jax.checkpoint import compressed_tensors
+from marlin_jax.checkpoint import compressed_tensors, marlin24
 from marlin_jax.checkpoint.awq import AwqLayers
 from marlin_jax.checkpoint.compressed_tensors import CompressedTensorsLayers
 from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, read_json, write_json
@@ -51,6 +51,7 @@ from marlin_jax.checkpoint.layers import (
 )
 from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
+from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
@@ -167,6 +168,8 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> Quantized
       return GptqLayers(quantization, checkpoint)
     case "awq":
       return AwqLayers(quantization, checkpoint)
+    case "compressed-tensors" if stored_as == marlin24.FORMAT:
+      return marlin24.Marlin24Layers(quantization, checkpoint)
     case "compressed-tensors":
       return CompressedTensorsLayers(quantization, checkpoint)
     case "hqq":
@@ -243,6 +246,7 @@ def quantize_checkpoint(
   """
   checkpoint = open_checkpoint(source)
   hf, config = read_config(checkpoint.folder)
+  hf, checkpoint = decompressed(hf, checkpoint)
   if hf.get("quantization_config") is not None:
     raise CheckpointError(f"{checkpoint.folder} is quantized already, must be a float checkpoint")
   # The dtype of this model is never used: it stands for names and shapes.
