@@ -7,9 +7,9 @@ from marlin_jax.convert import convert, quantize_variables
 from marlin_jax.linen import QuantDense
 from marlin_jax.nnx import QuantLinear, QuantParam
 from marlin_jax.ops import quant_matmul
-from marlin_jax.packing import pack, unpack
+from marlin_jax.packing import pack, pack24, unpack
 from marlin_jax.quantization import quantize, quantize_checkpoint
-from marlin_jax.quantized import PackedTensor, QuantizedTensor, QuantSpec
+from marlin_jax.quantized import PackedTensor, QuantizedTensor, QuantSpec, SparsePackedTensor
 from marlin_jax.quantizers.rtn import quantize_rtn
 from marlin_jax.text import generate, stream
 
@@ -23,10 +23,12 @@ __all__ = [
   "QuantParam",
   "QuantSpec",
   "QuantizedTensor",
+  "SparsePackedTensor",
   "convert",
   "generate",
   "load_model",
   "pack",
+  "pack24",
   "quant_matmul",
   "quantize",
   "quantize_checkpoint",

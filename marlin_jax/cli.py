@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
   symmetry = quantize.add_mutually_exclusive_group()
   symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=None, help="no zero points")
   symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
+  quantize.add_argument("--sparse24", action="store_true", help="rtn: keep two of every four weights, the largest")
   quantize.add_argument(
     "--method",
     choices=(*QUANTIZERS, *CALIBRATED),
@@ -232,6 +233,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     bits=arguments.bits,
     group_size=arguments.group_size,
     symmetric=arguments.symmetric,
+    sparse24=arguments.sparse24,
     method=method,
     calibration=_calibration(arguments) if arguments.method in CALIBRATED else None,
     calibration_count=arguments.calibration_count,

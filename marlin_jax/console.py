@@ -12,6 +12,7 @@ from marlin_jax.checkpoint.folder import find_folder
 from marlin_jax.checkpoint.huggingface import read_config
 from marlin_jax.checkpoint.native import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
+from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import GREEDY, Sampling
 from marlin_jax.models.decoder import Decoder
@@ -32,7 +33,8 @@ def describe_matmuls(model: nnx.Module) -> str:
     w = layer.packed
     k, n = w.shape
     sizes = dict(m=1, n=n, k=k, group_size=w.group_size)
-    problem = MatmulProblem(**sizes, dtype=np.dtype(layer.dtype), bits=w.bits, zeros=w.zeros is not None)
+    kind = dict(bits=w.bits, zeros=w.zeros is not None, sparse24=w.meta is not None)
+    problem = MatmulProblem(**sizes, dtype=np.dtype(layer.dtype), **kind)
     chosen.add(choose_implementation(problem, device))
   names = ", ".join(sorted(chosen))
   if chosen == {"reference"}:
@@ -48,7 +50,7 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
   """
   folder = find_folder(path)
   hf, config = read_config(folder)
-  checkpoint = Checkpoint(folder)
+  hf, checkpoint = decompressed(hf, Checkpoint(folder))
   quantized = quantized_layers(hf, checkpoint)
   packed = [name for name in checkpoint if name.rpartition(".")[0] in quantized]
   sizes = {name: checkpoint.nbytes(name) for name in checkpoint}
@@ -62,6 +64,7 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
     specs = sorted(
       {
         f"{s.bits} bits, {f'groups of {s.group_size}' if s.group_size else 'one scale a column'}"
+        + (", 2:4 sparse" if s.sparse24 else "")
         for s in quantized.values()
       }
     )

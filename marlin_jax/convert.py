@@ -11,7 +11,7 @@ from flax import nnx, traverse_util
 from tqdm import tqdm
 
 from marlin_jax.nnx import QuantLinear, quantize_and_pack
-from marlin_jax.quantized import PACKED_FIELDS, QuantSpec
+from marlin_jax.quantized import QuantSpec, arrays_of
 from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
 
@@ -82,7 +82,7 @@ def convert(
 
   Args:
     model: any tree of NNX modules, lists and dicts among them.
-    spec: bits, group size and symmetry.
+    spec: bits, group size, symmetry and sparsity.
     quantizer: round to nearest with searched scales, or another that takes (w, spec).
     predicate: (path, layer) -> whether to quantize it.
     device: where the packed weights go; None leaves them where the kernels lie.
@@ -143,7 +143,7 @@ def quantize_variables(
 
   Args:
     variables: what `model.init` or training gave, with a collection "params".
-    spec: bits, group size and symmetry; the same as in the QuantDense layers.
+    spec: bits, group size, symmetry and sparsity; the same as in the QuantDense layers.
     predicate: (path, kernel) -> whether to quantize it.
 
   Raises:
@@ -167,8 +167,7 @@ def quantize_variables(
     except ValueError as error:
       raise ValueError(f"layer {'.'.join(layer)}: {error}") from error
     del params[path]
-    fields = {name: getattr(packed, name) for name in PACKED_FIELDS}
-    quant |= {(*layer, name): array for name, array in fields.items() if array is not None}
+    quant |= {(*layer, name): array for name, array in arrays_of(packed).items()}
     layers.append(LayerReport(path=layer, skipped=None, bytes_before=kernel.nbytes, bytes_after=packed.nbytes))
   converted = dict(variables, params=traverse_util.unflatten_dict(params), quant=traverse_util.unflatten_dict(quant))
   return converted, Report(tuple(layers))

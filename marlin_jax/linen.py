@@ -6,17 +6,16 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from marlin_jax.nnx import quantize_and_pack
 from marlin_jax.ops import quant_matmul
-from marlin_jax.packing import pack
-from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
-from marlin_jax.quantizers.rtn import quantize_rtn
+from marlin_jax.quantized import PACKED_FIELDS, QuantSpec, arrays_of, packed_of
 
 
 class QuantDense(nn.Module):
   """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] with w in 4 or 8 bits.
 
-  The packed weight lives in the collection "quant" (`qweight`, `scales`, and `zeros` if there are any), the bias in
-  "params": an optimizer that takes "params" leaves the weight alone. `marlin_jax.quantize_variables` makes the
+  The packed weight lives in the collection "quant" (`qweight`, `scales`, and `zeros` or `meta` if there are any), the
+  bias in "params": an optimizer that takes "params" leaves the weight alone. `marlin_jax.quantize_variables` makes the
   collection from trained `nn.Dense` variables; `init` gives a quantized random kernel. Name the layer as the `nn.Dense`
   was named (without a name, Linen counts classes, and `Dense_0` becomes `QuantDense_0`).
 
@@ -26,7 +25,7 @@ class QuantDense(nn.Module):
     dtype: x and bias are cast to it and the result has it; None keeps x's own dtype.
     param_dtype: of scales and bias.
     kernel_init, bias_init: initialisers, as for nn.Dense.
-    spec: bits, group size and symmetry; only `init` reads it.
+    spec: bits, group size, symmetry and sparsity; only `init` reads it.
   """
 
   features: int
@@ -43,11 +42,9 @@ class QuantDense(nn.Module):
     k = x.shape[-1]
     if self.is_initializing():
       w = self.kernel_init(self.make_rng("params"), (k, self.features), self.param_dtype)
-      fresh = pack(quantize_rtn(w, self.spec))
-      for name in PACKED_FIELDS:
-        if (array := getattr(fresh, name)) is not None:
-          self.put_variable("quant", name, array)
+      for name, array in arrays_of(quantize_and_pack(w, self.spec)).items():
+        self.put_variable("quant", name, array)
     fields = {name: self.get_variable("quant", name) for name in PACKED_FIELDS if self.has_variable("quant", name)}
     bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
     x = x if self.dtype is None else x.astype(self.dtype)
-    return quant_matmul(x, PackedTensor(**fields, k=k), bias)
+    return quant_matmul(x, packed_of(k, fields), bias)

@@ -10,10 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from marlin_jax.ops import quant_matmul
-from marlin_jax.packing import pack
-from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
+from marlin_jax.packing import pack, pack24
+from marlin_jax.quantized import PACKED_FIELDS, Packed, QuantSpec, packed_of
 from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
+from marlin_jax.quantizers.sparse24 import quantize_sparse24
 
 
 class QuantParam(nnx.Variable):
@@ -21,8 +22,18 @@ class QuantParam(nnx.Variable):
 
 
 @partial(jax.jit, static_argnames=("spec", "quantizer"))
-def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec, quantizer: Quantizer = quantize_rtn) -> PackedTensor:
-  """The packed weight nearest to `w`, with scales of w's dtype: one compiled program a shape."""
+def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec, quantizer: Quantizer = quantize_rtn) -> Packed:
+  """The packed weight nearest to `w`, with scales of w's dtype: one compiled program a shape.
+
+  2:4 sparse if the spec says so: the two largest of every four are kept, and rounded to nearest.
+
+  Raises:
+    NotImplementedError: 2:4 sparsity with another quantizer.
+  """
+  if spec.sparse24:
+    if quantizer is not quantize_rtn:
+      raise NotImplementedError(f"sparse24 is not implemented for {quantizer.__name__}, only for quantize_rtn")
+    return pack24(quantize_sparse24(w, spec))
   return pack(quantizer(w, spec))
 
 
@@ -33,7 +44,8 @@ class QuantLinear(nnx.Module):
   random kernel. Usually it is made from a trained one, by `from_linear` or `marlin_jax.quantize`.
 
   Attributes:
-    qweight, scales, zeros, permutation: QuantParam; the fields of a PackedTensor. The last two may be None.
+    qweight, meta, scales, zeros, permutation: QuantParam; the fields of a PackedTensor or, with meta, of a
+      SparsePackedTensor. Those that it does not have are None.
     bias: nnx.Param of shape (out_features,), or None.
   """
 
@@ -56,8 +68,8 @@ class QuantLinear(nnx.Module):
       use_bias: whether there is a bias.
       dtype: x and bias are cast to it and the result has it; None keeps x's own dtype.
       param_dtype: of scales and bias.
-      spec: bits, group size and symmetry.
-      kernel_init, bias_init: initialisers, as for nnx.Linear; a PackedTensor from kernel_init is held as it is.
+      spec: bits, group size, symmetry and sparsity.
+      kernel_init, bias_init: initialisers, as for nnx.Linear; a packed weight from kernel_init is held as it is.
       rngs: with a "params" stream.
 
     Raises:
@@ -65,16 +77,14 @@ class QuantLinear(nnx.Module):
     """
     self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
     w = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-    packed = w if isinstance(w, PackedTensor) else quantize_and_pack(w, spec)
+    packed = w if isinstance(w, Packed) else quantize_and_pack(w, spec)
     for name in PACKED_FIELDS:
       array = getattr(packed, name)
       setattr(self, name, nnx.data(None if array is None else QuantParam(array)))
     self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None)
 
   @classmethod
-  def from_packed(
-    cls, w: PackedTensor, bias: nnx.Param | None = None, *, dtype: DTypeLike | None = None
-  ) -> "QuantLinear":
+  def from_packed(cls, w: Packed, bias: nnx.Param | None = None, *, dtype: DTypeLike | None = None) -> "QuantLinear":
     """A layer around an existing packed weight; nothing is computed."""
     k, n = w.shape
     self = cls(k, n, use_bias=False, dtype=dtype, kernel_init=lambda *_: w, rngs=nnx.Rngs(0))
@@ -103,11 +113,11 @@ class QuantLinear(nnx.Module):
     return cls.from_packed(quantize_and_pack(w, spec, quantizer), linear.bias, dtype=linear.dtype)
 
   @property
-  def packed(self) -> PackedTensor:
+  def packed(self) -> Packed:
     """The weight, as the kernel takes it."""
     fields = {name: getattr(self, name) for name in PACKED_FIELDS}
     arrays = {name: variable[...] for name, variable in fields.items() if variable is not None}
-    return PackedTensor(k=self.in_features, **arrays)
+    return packed_of(self.in_features, arrays)
 
   def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
     """y = x @ w + bias; see `marlin_jax.quant_matmul` for the errors."""

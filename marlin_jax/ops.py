@@ -6,13 +6,13 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from marlin_jax.quantized import PackedTensor
+from marlin_jax.quantized import Packed
 from pallas_kernels import matmul
 
 
 def quant_matmul(
   x: Float[Array, "*batch K"],
-  w: PackedTensor,
+  w: Packed,
   bias: Float[Array, " N"] | None = None,
   *,
   implementation: str | None = None,
@@ -23,7 +23,7 @@ def quant_matmul(
 
   Args:
     x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
-    w: the packed weight. With a permutation, x is gathered before the product.
+    w: the packed weight, dense or 2:4 sparse. With a permutation, x is gathered before the product.
     bias: added after the product is rounded to x's dtype, as Flax's dense layers do.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
@@ -36,6 +36,6 @@ def quant_matmul(
   *batch, k = x.shape
   if w.permutation is not None:
     x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
-  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, w.zeros, implementation=implementation)
+  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, w.zeros, w.meta, implementation=implementation)
   y = y.reshape(*batch, w.shape[1])
   return y if bias is None else y + bias.astype(y.dtype)

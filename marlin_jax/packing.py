@@ -4,11 +4,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marlin_jax.quantized import PackedTensor, QuantizedTensor
-from pallas_kernels import layout
+from marlin_jax.quantized import Packed, PackedTensor, QuantizedTensor, SparsePackedTensor
+from pallas_kernels import layout, layout24
 
 
 def pack(tensor: QuantizedTensor) -> PackedTensor:
@@ -22,8 +23,45 @@ def pack(tensor: QuantizedTensor) -> PackedTensor:
   )
 
 
-def unpack(tensor: PackedTensor) -> QuantizedTensor:
-  """The inverse of `pack`: the same fields, bit for bit."""
+def pack24(tensor: QuantizedTensor) -> SparsePackedTensor:
+  """The same 2:4 sparse weight in kernel order, pruned codes left out.
+
+  In a trace there are no values to look at: there the caller answers for the codes being 2:4.
+
+  Raises:
+    ValueError: more than two of four codes are not 8, the weight zero; names the first that is too many.
+    NotImplementedError: other than 4 bits, zero points, or a permutation.
+  """
+  if tensor.bits != 4 or tensor.zeros is not None or tensor.permutation is not None:
+    found = {"zero points": tensor.zeros is not None, "a permutation": tensor.permutation is not None}
+    found = [f"{tensor.bits} bits", *(name for name, given in found.items() if given)]
+    raise NotImplementedError(
+      f"the weight has {' and '.join(found)}; packed as 2:4 sparse it must have 4 bits and neither zero points nor a "
+      "permutation"
+    )
+  if not isinstance(tensor.codes, jax.core.Tracer):
+    _check24(tensor.codes)
+  qweight, meta = layout24.pack_codes(tensor.codes)
+  return SparsePackedTensor(qweight=qweight, meta=meta, scales=tensor.scales, k=tensor.shape[0])
+
+
+def _check24(codes) -> None:
+  surplus = layout24.surplus(codes)
+  if not surplus.any():
+    return
+  k, n = (int(index) for index in jnp.unravel_index(jnp.argmax(surplus), codes.shape))
+  quad = k // 4 * 4
+  raise ValueError(
+    f"codes are not 2:4 sparse: at k={k}, n={n} stands {int(codes[k, n])}, the third of "
+    f"codes[{quad}:{quad + 4}, {n}] = {codes[quad : quad + 4, n].tolist()} that is not {layout.ZERO_CODE}"
+  )
+
+
+def unpack(tensor: Packed) -> QuantizedTensor:
+  """The inverse of `pack` and of `pack24`: the same fields, bit for bit."""
+  if isinstance(tensor, SparsePackedTensor):
+    codes = layout24.unpack_codes(tensor.qweight, tensor.meta, *tensor.shape)
+    return QuantizedTensor(codes=codes, scales=tensor.scales)
   return QuantizedTensor(
     codes=layout.unpack_codes(tensor.qweight, *tensor.shape),
     scales=tensor.scales,
@@ -33,13 +71,14 @@ def unpack(tensor: PackedTensor) -> QuantizedTensor:
   )
 
 
-def concatenate(tensors: Sequence[PackedTensor]) -> PackedTensor:
+def concatenate(tensors: Sequence[Packed]) -> Packed:
   """One weight [K, N1 + N2 + ...] whose columns are those of the tensors, one after the other, exactly.
 
   Permutations are compared, so they must be concrete.
 
   Raises:
-    ValueError: there are none, or they differ in k, bits, groups, permutation or in whether they have zero points.
+    ValueError: there are none, or they differ in k, bits, groups, permutation, in whether they are 2:4 sparse or have
+      zero points.
   """
   if not tensors:
     raise ValueError("tensors is empty, must hold at least one")
@@ -48,26 +87,25 @@ def concatenate(tensors: Sequence[PackedTensor]) -> PackedTensor:
     "k": lambda t: t.k,
     "bits": lambda t: t.bits,
     "groups": lambda t: t.scales.shape[0],
+    "being 2:4 sparse": lambda t: isinstance(t, SparsePackedTensor),
     "having zeros": lambda t: t.zeros is not None,
   }.items():
     if len({of(tensor) for tensor in tensors}) > 1:
       raise ValueError(f"{name} must be the same in all tensors, not {[of(tensor) for tensor in tensors]}")
   if any(not _equal(tensor.permutation, first.permutation) for tensor in tensors):
     raise ValueError("permutation must be the same in all tensors")
+  names = ("scales",) if first.zeros is None else ("scales", "zeros")
+  groups = {name: jnp.concatenate([getattr(tensor, name) for tensor in tensors], axis=1) for name in names}
   if all(tensor.shape[1] % layout.TILE == 0 for tensor in tensors[:-1]):
-    qweight = jnp.concatenate([tensor.qweight for tensor in tensors])
-  else:  # the padding of one would lie amid the columns of the next
-    qweight = layout.pack_codes(jnp.concatenate([unpack(tensor).codes for tensor in tensors], axis=1), first.bits)
-  return PackedTensor(
-    qweight=qweight,
-    scales=jnp.concatenate([tensor.scales for tensor in tensors], axis=1),
-    zeros=None if first.zeros is None else jnp.concatenate([tensor.zeros for tensor in tensors], axis=1),
-    permutation=first.permutation,
-    k=first.k,
-  )
+    words = {name: jnp.concatenate([getattr(tensor, name) for tensor in tensors]) for name in _words(first)}
+    return dataclasses.replace(first, **words, **groups)
+  # The padding of one would lie amid the columns of the next.
+  parts = [unpack(tensor) for tensor in tensors]
+  whole = dataclasses.replace(parts[0], codes=jnp.concatenate([part.codes for part in parts], axis=1), **groups)
+  return _pack_as(first, whole)
 
 
-def split(tensor: PackedTensor, sizes: Sequence[int]) -> list[PackedTensor]:
+def split(tensor: Packed, sizes: Sequence[int]) -> list[Packed]:
   """The inverse of `concatenate`: weights of `sizes` columns, which add up to the tensor's.
 
   Raises:
@@ -75,18 +113,29 @@ def split(tensor: PackedTensor, sizes: Sequence[int]) -> list[PackedTensor]:
   """
   if sum(sizes) != tensor.shape[1]:
     raise ValueError(f"{sizes=} must add up to the {tensor.shape[1]} columns of the tensor")
-  codes = None if all(size % layout.TILE == 0 for size in sizes[:-1]) else unpack(tensor).codes
+  whole = None if all(size % layout.TILE == 0 for size in sizes[:-1]) else unpack(tensor)
   parts, start = [], 0
   for size in sizes:
     columns = slice(start, start + size)
-    if codes is None:
-      qweight = tensor.qweight[start // layout.TILE : -(-columns.stop // layout.TILE)]
+    names = ("scales",) if tensor.zeros is None else ("scales", "zeros")
+    groups = {name: getattr(tensor, name)[:, columns] for name in names}
+    if whole is None:
+      tiles = slice(start // layout.TILE, -(-columns.stop // layout.TILE))
+      words = {name: getattr(tensor, name)[tiles] for name in _words(tensor)}
+      parts.append(dataclasses.replace(tensor, **words, **groups))
     else:
-      qweight = layout.pack_codes(codes[:, columns], tensor.bits)
-    zeros = None if tensor.zeros is None else tensor.zeros[:, columns]
-    parts.append(dataclasses.replace(tensor, qweight=qweight, scales=tensor.scales[:, columns], zeros=zeros))
+      parts.append(_pack_as(tensor, dataclasses.replace(whole, codes=whole.codes[:, columns], **groups)))
     start += size
   return parts
+
+
+def _words(tensor: Packed) -> tuple[str, ...]:
+  """The fields that have a row of tiles for every 64 columns."""
+  return ("qweight", "meta") if isinstance(tensor, SparsePackedTensor) else ("qweight",)
+
+
+def _pack_as(like: Packed, tensor: QuantizedTensor) -> Packed:
+  return pack24(tensor) if isinstance(like, SparsePackedTensor) else pack(tensor)
 
 
 def _equal(a, b) -> bool:

@@ -34,6 +34,7 @@ def quantize(
   bits: int = 4,
   group_size: int | None = 128,
   symmetric: bool | None = None,
+  sparse24: bool = False,
   method: Method = "rtn",
   calibration: Calibration | None = None,
   calibration_count: int = 128,
@@ -49,6 +50,7 @@ def quantize(
     group_size: consecutive input features that share a scale; None for one scale a column.
     symmetric: whether the zero point is the middle code everywhere; None is what the method is made for: no for "hqq",
       which chooses zero points, yes for the others.
+    sparse24: the two largest of every four weights are kept and the others become zero: 3 bits a weight; "rtn" only.
     method: "rtn" (round to nearest, searched scales) and "hqq" need no data; "gptq" and "awq", or `Gptq(...)` and
       `Awq()` with settings of their own, need `calibration`.
     calibration: texts of the kind that the model will read, or sequences of token ids.
@@ -58,10 +60,11 @@ def quantize(
     progress: show a progress bar on stderr, and print the report.
 
   Raises:
+    NotImplementedError: sparse24 with another method than "rtn".
     ValueError: an unknown method, calibration that is missing or given for nothing; see also `convert` and
       `calibration.quantize_calibrated`.
   """
-  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=_symmetric(symmetric, method))
+  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=_symmetric(symmetric, method), sparse24=sparse24)
   method = _method(method, calibration)
   window = calibration_count, calibration_length
   report = _quantize(model, spec, method, calibration, window, predicate, progress)
@@ -77,6 +80,7 @@ def quantize_checkpoint(
   bits: int = 4,
   group_size: int | None = 128,
   symmetric: bool | None = None,
+  sparse24: bool = False,
   method: Method = "rtn",
   calibration: Calibration | None = None,
   calibration_count: int = 128,
@@ -93,7 +97,7 @@ def quantize_checkpoint(
   Args:
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
-    bits, group_size, symmetric, method, calibration..., predicate: as for `quantize`.
+    bits, group_size, symmetric, sparse24, method, calibration..., predicate: as for `quantize`.
     format: "native", or "compressed-tensors", which other tools read.
     progress: show a progress bar on stderr.
 
@@ -102,7 +106,7 @@ def quantize_checkpoint(
     NotImplementedError: the source's config asks for something that is not covered.
     ValueError: as for `quantize`.
   """
-  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=_symmetric(symmetric, method))
+  spec = QuantSpec(bits=bits, group_size=group_size, symmetric=_symmetric(symmetric, method), sparse24=sparse24)
   method = _method(method, calibration)
   if isinstance(method, str):
     options: dict[str, Any] = {"predicate": predicate, "format": format, "progress": progress}

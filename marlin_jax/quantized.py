@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two forms of a quantized weight, and what was asked for.
+"""The forms of a quantized weight, and what was asked for.
 
 `QuantizedTensor` holds plain codes: what quantizers make and checkpoints say. `PackedTensor` holds the same codes in
-kernel order: what the matmul reads. They are two types so that a tensor in the wrong layout is a type error and not a
-wrong answer; `marlin_jax.packing` turns one into the other.
+kernel order: what the matmul reads; `SparsePackedTensor` holds those of a 2:4 sparse weight, pruned codes left out.
+They are types of their own so that a tensor in the wrong layout is a type error and not a wrong answer;
+`marlin_jax.packing` turns one into the other.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 
-from pallas_kernels import layout, reference
+from pallas_kernels import layout, layout24, reference
 
 SMALLEST_GROUP = 16
-# The arrays of a PackedTensor: the names of a layer's variables too, and of the tensors in our checkpoints.
-PACKED_FIELDS = ("qweight", "scales", "zeros", "permutation")
+# The arrays of the packed types: the names of a layer's variables too, and of the tensors in our checkpoints.
+PACKED_FIELDS = ("qweight", "meta", "scales", "zeros", "permutation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +31,13 @@ class QuantSpec:
     bits: per code, 4 or 8.
     group_size: consecutive k that share a scale: a multiple of 16, or None for one scale per column.
     symmetric: the zero point is the middle code, 2^(bits - 1), everywhere; else every group has one of its own.
+    sparse24: of every four consecutive k at most two weights are not zero; 4 bits, symmetric.
   """
 
   bits: int = 4
   group_size: int | None = 128
   symmetric: bool = True
+  sparse24: bool = False
 
   def __post_init__(self):
     if self.bits not in (4, 8):
@@ -44,6 +49,12 @@ class QuantSpec:
       )
     if type(self.symmetric) is not bool:
       raise ValueError(f"symmetric={self.symmetric} must be True or False")
+    if type(self.sparse24) is not bool:
+      raise ValueError(f"sparse24={self.sparse24} must be True or False")
+    if self.sparse24 and not (self.bits == 4 and self.symmetric):
+      raise NotImplementedError(
+        f"sparse24 with bits={self.bits} and symmetric={self.symmetric} is not implemented, only 4 bits and symmetric"
+      )
 
   def groups(self, k: int) -> int:
     """Number of groups in a column of k weights. ValueError if the group size does not divide k."""
@@ -138,6 +149,7 @@ class PackedTensor(_CheckedPytree):
   """
 
   _static = ("k",)
+  meta: ClassVar[None] = None
 
   qweight: Int16[Array, "N_tiles K_tiles rows 32"]
   scales: Float[Array, "G N"]
@@ -171,16 +183,92 @@ class PackedTensor(_CheckedPytree):
   @property
   def nbytes(self) -> int:
     """Bytes of all fields, padding included."""
-    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+    return _nbytes(self)
 
 
-def _check_groups(tensor: QuantizedTensor | PackedTensor, k: int, n: int):
-  scales, zeros, permutation = tensor.scales, tensor.zeros, tensor.permutation
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsePackedTensor(_CheckedPytree):
+  """A 2:4 sparse weight of 4 bits, symmetric, in the order the kernels read it (pallas_kernels/layout24.py).
+
+  Attributes:
+    qweight: int16 words of the kept codes, two of every four along K, [N/64, K/128, 32, 32].
+    meta: int16 words of their positions, [N/64, K/128, 32, 16].
+    scales: as in `QuantizedTensor`.
+    k: the logical K, pruned weights included.
+
+  Raises:
+    ValueError: wrong dtype, or the buffers are not those of a [k, N] weight.
+  """
+
+  _static = ("k",)
+  zeros: ClassVar[None] = None
+  permutation: ClassVar[None] = None
+
+  qweight: Int16[Array, "N_tiles K_tiles 32 32"]
+  meta: Int16[Array, "_ _ 32 16"]
+  scales: Float[Array, "G N"]
+  k: int
+
+  def __post_init__(self):
+    _check_scales(self.scales, self.k, self.scales.shape[-1])
+    for name, shape in (("qweight", layout24.qweight_shape(*self.shape)), ("meta", layout24.meta_shape(*self.shape))):
+      words = getattr(self, name)
+      if words.dtype != jnp.int16 or words.shape != shape:
+        raise ValueError(f"{name} is {words.dtype} {words.shape}, must be int16 {shape} for a {self.shape} weight")
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(K, N), logical."""
+    return self.k, self.scales.shape[1]
+
+  @property
+  def bits(self) -> int:
+    """Bits of a code."""
+    return 4
+
+  @property
+  def group_size(self) -> int:
+    """Consecutive k that share a scale, pruned ones counted; K itself for one group per column."""
+    return self.k // self.scales.shape[0]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all fields, padding included."""
+    return _nbytes(self)
+
+
+Packed = PackedTensor | SparsePackedTensor
+
+
+def arrays_of(w: Packed) -> dict[str, Array]:
+  """Name -> array of the fields of a packed weight, those that it has."""
+  return {name: array for name in PACKED_FIELDS if (array := getattr(w, name)) is not None}
+
+
+def packed_of(k: int, arrays: Mapping[str, Array]) -> Packed:
+  """The inverse of `arrays_of`: 2:4 sparse if there are positions.
+
+  Raises:
+    ValueError: as the type's constructor.
+  """
+  return (SparsePackedTensor if "meta" in arrays else PackedTensor)(k=k, **arrays)
+
+
+def _nbytes(tensor: Packed) -> int:
+  return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tensor))
+
+
+def _check_scales(scales, k: int, n: int):
   if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.ndim != 2:
     raise ValueError(f"scales are {scales.dtype} {scales.shape}, must be floating point [G, N]")
   groups, columns = scales.shape
   if columns != n or groups < 1 or k % groups:
     raise ValueError(f"scales have shape {scales.shape}, must be [G, {n}] with a G that divides K={k}")
+
+
+def _check_groups(tensor: QuantizedTensor | PackedTensor, k: int, n: int):
+  scales, zeros, permutation = tensor.scales, tensor.zeros, tensor.permutation
+  _check_scales(scales, k, n)
   if zeros is not None and not (jnp.issubdtype(zeros.dtype, jnp.floating) and zeros.shape == scales.shape):
     raise ValueError(f"zeros are {zeros.dtype} {zeros.shape}, must be floating point {scales.shape}, as the scales")
   if permutation is not None and (permutation.dtype != jnp.int32 or permutation.shape != (k,)):

@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Any
 
-from pallas_kernels import layout
+from pallas_kernels import layout, layout24
 from pallas_kernels.hopper_matmul import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
@@ -29,6 +29,11 @@ def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   while 2 * split_k * programs <= most and k // (2 * split_k) >= _SHORTEST_RUN:
     split_k *= 2
   return TritonConfig(block_m=block_m, block_n=block_n, block_k=block_k, split_k=split_k, num_warps=4, num_stages=3)
+
+
+def triton24_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
+  """The config of the Triton kernel of 2:4 sparse weights: the dense kernel's but for block_k; nothing is measured."""
+  return dataclasses.replace(triton_config(problem, num_sms), block_k=layout24.K_TILE)
 
 
 def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:

@@ -112,6 +112,8 @@ class HopperConfig:
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
+  if problem.sparse24:
+    return "it takes dense weights, not 2:4 sparse ones"
   if jax.__version_info__ < (0, 11):
     return f"it needs JAX 0.11, this is {jax.__version__}"
   if device.platform != "cuda":

@@ -6,7 +6,16 @@ from pathlib import Path
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
-from pallas_kernels import heuristics, hopper_matmul, layout, reference, triton_matmul, tuning
+from pallas_kernels import (
+  heuristics,
+  hopper_matmul,
+  layout,
+  layout24,
+  reference,
+  triton_matmul,
+  triton_matmul24,
+  tuning,
+)
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
@@ -14,6 +23,7 @@ from pallas_kernels.problem import MatmulProblem
 IMPLEMENTATIONS = {
   "hopper": hopper_matmul.unsupported_reason,
   "triton": triton_matmul.unsupported_reason,
+  "triton24": triton_matmul24.unsupported_reason,
   "reference": reference.unsupported_reason,
 }
 
@@ -46,6 +56,7 @@ def matmul(
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
+  meta: Int16[Array, "_ _ 32 16"] | None = None,
   *,
   implementation: str | None = None,
   interpret: bool = False,
@@ -55,12 +66,14 @@ def matmul(
 
   Args:
     x: bfloat16, float16 or (reference only) float32; M may be 0.
-    qweight: codes of 4 or 8 bits in kernel order, from `layout.pack_codes`; its shape says which.
+    qweight: codes of 4 or 8 bits in kernel order, from `layout.pack_codes`; its shape says which. With meta, the kept
+      codes of a 2:4 sparse weight of 4 bits, from `layout24.pack_codes`.
     scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
     zeros: zero points, like scales; None is the middle code, 8 or 128. A kernel rounds codes - zeros to x's dtype,
       which is exact for integers, and rounds zeros that are not to it before.
+    meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
-    interpret: run the Triton kernel's body on the CPU instead of lowering it; for tests.
+    interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table of configs by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
       environment variable MARLIN_JAX_TUNED names, if it does. Read when a program is traced.
 
@@ -75,11 +88,15 @@ def matmul(
   if groups < 1 or k % groups:
     raise ValueError(f"scales have {groups} groups, which must divide k={k}")
   bits = 8 if qweight.shape[2] == 64 else 4
-  if qweight.shape != (shape := layout.qweight_shape(k, n, bits)):
+  shape = layout.qweight_shape(k, n, bits) if meta is None else layout24.qweight_shape(k, n)
+  if qweight.shape != shape:
     raise ValueError(f"{qweight.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
   if zeros is not None and zeros.shape != scales.shape:
     raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=bits, zeros=zeros is not None)
+  if meta is not None and meta.shape != (shape := layout24.meta_shape(k, n)):
+    raise ValueError(f"{meta.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
+  kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
   if implementation is None:
     implementation = choose_implementation(problem, device)
@@ -90,7 +107,10 @@ def matmul(
   if m == 0:
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
-    return reference.matmul_reference(x, qweight, scales, zeros)
+    return reference.matmul_reference(x, qweight, scales, zeros, meta)
+  if implementation == "triton24":  # there are no tables for it yet
+    config = heuristics.triton24_config(problem, device.num_sms)
+    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, config=config, interpret=interpret)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.triton_config(problem, device.num_sms)

@@ -11,7 +11,7 @@ from pallas_kernels.hardware import Hardware
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MatmulProblem:
-  """y [m, n] = x [m, k] @ w [k, n] with w in 4 or 8 bits.
+  """y [m, n] = x [m, k] @ w [k, n] with w in 4 or 8 bits, dense or 2:4 sparse.
 
   Attributes:
     m, n, k: logical sizes; m may be 0.
@@ -19,6 +19,7 @@ class MatmulProblem:
     dtype: of x and y.
     bits: per code, 4 or 8.
     zeros: whether every group has a zero point of its own.
+    sparse24: whether of every four consecutive k of a column only two are stored, and their positions (layout24.py).
   """
 
   m: int
@@ -28,6 +29,7 @@ class MatmulProblem:
   dtype: np.dtype
   bits: int = 4
   zeros: bool = False
+  sparse24: bool = False
 
   def __post_init__(self):
     if self.m < 0 or self.n < 1 or self.k < 1:
@@ -38,16 +40,19 @@ class MatmulProblem:
       raise ValueError(f"dtype={self.dtype} must be a floating point type")
     if self.bits not in (4, 8):
       raise ValueError(f"bits={self.bits} must be 4 or 8")
+    if self.sparse24 and (self.bits != 4 or self.zeros):
+      raise ValueError(f"bits={self.bits} and zeros={self.zeros} must be 4 and False where sparse24 is True")
 
   @property
   def flops(self) -> int:
-    """Multiplications and additions of the product itself."""
-    return 2 * self.m * self.n * self.k
+    """Multiplications and additions of the product itself, those with pruned weights left out."""
+    return 2 * self.m * self.n * (self.k // 2 if self.sparse24 else self.k)
 
   @property
   def bytes(self) -> int:
-    """Bytes that must move: codes, scales, zeros and x read once, y written once."""
-    codes = self.n * self.k * self.bits // 8
+    """Bytes that must move: codes, positions, scales, zeros and x read once, y written once."""
+    # Of four sparse weights two codes of 4 bits and two positions of 2: 3 bits a weight.
+    codes = self.n * self.k * (3 if self.sparse24 else self.bits) // 8
     scales = self.n * (self.k // self.group_size) * self.dtype.itemsize
     return codes + scales * (1 + self.zeros) + self.m * (self.n + self.k) * self.dtype.itemsize
 

@@ -4,13 +4,14 @@
     y[m, n] = sum_k x[m, k] * scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n])
 
 Without zeros every zero point is the middle code, 2^(bits - 1). Weight and sum are float32, rounded once, to x's dtype.
+A 2:4 sparse weight is the dense one with the codes of zero that were not stored.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int16, UInt8
 
-from pallas_kernels import layout
+from pallas_kernels import layout, layout24
 from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
@@ -38,8 +39,10 @@ def matmul_reference(
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
+  meta: Int16[Array, "_ _ 32 16"] | None = None,
 ) -> Float[Array, "M N"]:
-  """y = x @ dequantize(unpack(qweight), scales, zeros), accumulated in float32, rounded once to x.dtype."""
-  codes = layout.unpack_codes(qweight, x.shape[1], scales.shape[1])
+  """y = x @ dequantize(unpack(qweight, meta), scales, zeros), accumulated in float32, rounded once to x.dtype."""
+  k, n = x.shape[1], scales.shape[1]
+  codes = layout.unpack_codes(qweight, k, n) if meta is None else layout24.unpack_codes(qweight, meta, k, n)
   w = dequantize(codes, scales, zeros, bits=qweight.shape[2] // 8)
   return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)

@@ -17,7 +17,7 @@ from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
 # Element offsets inside the kernel are 32-bit; Pallas widens them only above 2^32 elements.
-_MAX_ELEMENTS = 2**31 - 1
+MAX_ELEMENTS = 2**31 - 1
 
 # Bits of the word's coordinates, in memory order, and of the nibble: p = 2 half + odd (see layout.py).
 _WORD_AXES = ("n_tile", "k_tile", "warp", "lane", "quad", "j", "e", "half", "odd")
@@ -56,6 +56,8 @@ class TritonConfig:
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
+  if problem.sparse24:
+    return "it takes dense weights, not 2:4 sparse ones"
   if device.platform != "cuda":
     return f"it runs on NVIDIA GPUs, not on {device.platform}"
   if problem.dtype not in (jnp.bfloat16, jnp.float16):
@@ -63,7 +65,7 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   if 64 % problem.group_size and problem.group_size % 64 and problem.group_size != problem.k:
     return f"group_size={problem.group_size} must divide 64, be a multiple of it, or be the whole column"
   k, n = layout.padded_shape(problem.k, problem.n)
-  if max(k * n * problem.bits // 16, problem.m * k, problem.m * n) > _MAX_ELEMENTS:
+  if max(k * n * problem.bits // 16, problem.m * k, problem.m * n) > MAX_ELEMENTS:
     return f"a {problem.m} x {k} x {n} product has an operand of more than 2^31 elements"
   return None
 
@@ -89,31 +91,14 @@ def _dequantize(words, dtype, *, zero: int, use_asm: bool):
 def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - z[k // group, n]).
 
-  One program: block_n columns x block_m rows x one of split_k runs of K. A step:
-
-    load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
-            the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
-                                                                          only what feeds a dot)
-    decode  four nibble planes, joined to w [block_n, block_k], in registers; less the zeros, if there are any
-    dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
-                                                    few rows of x cost a narrow instruction instead of padding to 64
-    scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
+  `sum_product` with dense weights; a step decodes four nibble planes, joined to w [block_n, block_k], in registers.
   """
   *group_refs, y_ref = refs  # scales, and zeros if there are any
-  c, group_size = config, problem.group_size
-  m0, n_block, sk = pl.program_id(0) * c.block_m, pl.program_id(1), pl.program_id(2)
+  c = config
   k_words = layout.TILE_WORDS // layout.TILE  # words of a row of tiles per k
-  steps = layout.padded_shape(problem.k, problem.n)[0] // c.block_k
-  steps_each = -(-steps // c.split_k)
   n_tiles = c.block_n // layout.TILE
-  n0, n_tile0 = n_block * c.block_n, n_block * n_tiles
-  # A step inside one group has one scale a column; a step over several groups one dot for each, x masked to its k.
-  groups_per_step = max(1, c.block_k // group_size)
-  last_group = problem.k // group_size - 1
-  m, n = m0 + jnp.arange(c.block_m, dtype=jnp.int32), n0 + jnp.arange(c.block_n, dtype=jnp.int32)
-  # Where nothing sticks out there is no mask at all, so that loads stay 16 bytes wide.
-  m_inside = None if problem.m % c.block_m == 0 else m < problem.m
-  n_inside = None if problem.n % c.block_n == 0 else n < problem.n
+  n_tile0 = pl.program_id(1) * n_tiles
+  zero = 0 if problem.zeros else layout.zero_code(problem.bits)
 
   def load_words(i):
     if problem.bits == 4:
@@ -123,8 +108,39 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
       blocks = [w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * k_tiles, k_tiles), pl.ds(nibble, 1)] for nibble in range(2)]
     return [plt.load(block, eviction_policy="evict_first").reshape(n_tiles, -1) for block in blocks]
 
+  def load_weights(i):
+    return _dequantize(load_words(i), x_ref.dtype, zero=zero, use_asm=use_asm)
+
+  sum_product(x_ref, group_refs, y_ref, load_weights, problem=problem, config=config)
+
+
+def sum_product(x_ref, group_refs, y_ref, load_weights, *, problem, config):
+  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (w[k, n] - z[k // group, n]).
+
+  One program: block_n columns x block_m rows x one of split_k runs of K. A step:
+
+    load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
+            the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
+                                                                          only what feeds a dot)
+    decode  w [block_n, block_k] = load_weights(i), in natural order of n and k; less the zeros, if there are any
+    dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
+                                                    few rows of x cost a narrow instruction instead of padding to 64
+    scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
+  """
+  c, group_size = config, problem.group_size
+  m0, n0, sk = pl.program_id(0) * c.block_m, pl.program_id(1) * c.block_n, pl.program_id(2)
+  steps = -(-problem.k // c.block_k)
+  steps_each = -(-steps // c.split_k)
+  # A step inside one group has one scale a column; a step over several groups one dot for each, x masked to its k.
+  groups_per_step = max(1, c.block_k // group_size)
+  last_group = problem.k // group_size - 1
+  m, n = m0 + jnp.arange(c.block_m, dtype=jnp.int32), n0 + jnp.arange(c.block_n, dtype=jnp.int32)
+  # Where nothing sticks out there is no mask at all, so that loads stay 16 bytes wide.
+  m_inside = None if problem.m % c.block_m == 0 else m < problem.m
+  n_inside = None if problem.n % c.block_n == 0 else n < problem.n
+
   def load_groups(i):
-    # Beyond the last group (the step after the last, the K padding) x is zero: any finite scale and zero will do.
+    # Beyond the last group (the step after the last) x is zero: any finite scale and zero will do.
     groups = [jnp.minimum(lax.div(i * c.block_k, group_size) + g, last_group) for g in range(groups_per_step)]
     fill = None if n_inside is None else 0.0
     return tuple(
@@ -133,7 +149,7 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
 
   def load_x(k0, group):
     k = jnp.arange(c.block_k, dtype=jnp.int32)
-    k_inside = [] if problem.k % layout.K_MULTIPLE == 0 else [k0 + k < problem.k]
+    k_inside = [] if problem.k % c.block_k == 0 else [k0 + k < problem.k]
     if groups_per_step > 1:
       k_inside += [k >= group * group_size, k < (group + 1) * group_size]
     masks = [mask[None, :] for mask in k_inside] + ([] if m_inside is None else [m_inside[:, None]])
@@ -146,10 +162,9 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   def step(i, carry):
     acc, groups = carry
     next_groups = load_groups(i + 1)
-    zero = 0 if problem.zeros else layout.zero_code(problem.bits)
-    codes = _dequantize(load_words(i), x_ref.dtype, zero=zero, use_asm=use_asm)
+    weights = load_weights(i)
     for group, (scale, *zeros) in enumerate(groups):
-      w = codes - zeros[0].astype(x_ref.dtype)[:, None] if zeros else codes
+      w = weights - zeros[0].astype(x_ref.dtype)[:, None] if zeros else weights
       x = load_x(i * c.block_k, group)
       partial = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
       acc += partial * scale.astype(jnp.float32)[:, None]
@@ -191,22 +206,34 @@ def matmul_triton(
   (m, k), (groups, n) = x.shape, scales.shape
   bits = qweight.shape[2] // 8
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=bits, zeros=zeros is not None)
-  if config.block_k % problem.group_size and problem.group_size % config.block_k and groups > 1:
-    raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
   n_tiles, k_tiles, _, _ = qweight.shape
-  if n_tiles * layout.TILE % config.block_n:
-    raise ValueError(f"block_n={config.block_n} must divide the padded N={n_tiles * layout.TILE}")
   # 4 bits: a stream for each 64 columns; 8 bits: tiles of high and of low nibbles take turns in it.
   words = qweight.reshape(n_tiles, -1) if bits == 4 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
   kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
+  operands = x, words, *((scales,) if zeros is None else (scales, zeros))
+  return launch(kernel, operands, problem=problem, config=config, interpret=interpret, name=f"w{bits}a16_triton")
+
+
+def launch(kernel, operands, *, problem: MatmulProblem, config: TritonConfig, interpret: bool, name: str):
+  """y [m, n] by a kernel that writes [split_k, m, n] with `sum_product`.
+
+  Raises:
+    ValueError: block_k and the group size do not fit each other, or block_n does not divide the padded N.
+  """
+  m, n, x = problem.m, problem.n, operands[0]
+  if config.block_k % problem.group_size and problem.group_size % config.block_k and problem.group_size < problem.k:
+    raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
+  n_padded = layout.padded_shape(problem.k, n)[1]
+  if n_padded % config.block_n:
+    raise ValueError(f"block_n={config.block_n} must divide the padded N={n_padded}")
   partials = pl.pallas_call(
     kernel,
     out_shape=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else x.dtype),
-    grid=(-(-m // config.block_m), n_tiles * layout.TILE // config.block_n, config.split_k),
+    grid=(-(-m // config.block_m), n_padded // config.block_n, config.split_k),
     compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
     interpret=interpret,
-    name=f"w{bits}a16_triton",
-  )(x, words, *((scales,) if zeros is None else (scales, zeros)))
+    name=name,
+  )(*operands)
   if config.split_k == 1:
     return partials[0]
   # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.

@@ -57,10 +57,13 @@ def quantize_calibrated(
     progress: show a progress bar, with the device's memory, on stderr.
 
   Raises:
+    NotImplementedError: spec is 2:4 sparse.
     ValueError: a model that is quantized already; no sequence, an empty one, one longer than the context, a token id
       outside the vocabulary; a layer, which is named, whose K the group size does not divide, whose kernel holds NaN or
       Inf, or that reads such numbers. Layers before it are already replaced.
   """
+  if spec.sparse24:
+    raise NotImplementedError(f"sparse24 is not implemented for {method}, only for rounding to nearest")
   _check(sequences, model)
   if any(isinstance(module, QuantLinear) for _, module in nnx.iter_modules(model)):
     raise ValueError("the model has quantized layers already, must be a float model")

@@ -133,24 +133,15 @@ class CompressedTensorsLayers(QuantizedLayers):
   """
 
   def __init__(self, quantization: dict[str, Any], checkpoint: Checkpoint):
-    # Each of these changes what the weights or the activations are.
-    sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
-    if sparsity != "dense":
-      raise not_covered(checkpoint, f"compressed-tensors sparsity_config has the format {sparsity!r}")
-    for key in ("kv_cache_scheme", "transform_config"):
-      if quantization.get(key):
-        raise not_covered(checkpoint, f"compressed-tensors {key} is {quantization[key]!r}")
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-      raise CheckpointError(f"{checkpoint.folder}: quantization_config: config_groups must be an object of objects")
+    groups = _groups(quantization, checkpoint)
     for group in groups.values():
       # Newer files repeat the format in each group, and only there if the groups differ.
       stored_as = group.get("format") or quantization.get("format")
       if stored_as != _FORMAT:
         raise not_covered(checkpoint, f"compressed-tensors format is {stored_as!r}, not {_FORMAT!r}")
-    names = layers_with(checkpoint, "weight_packed", "weight_scale", "weight_shape")
-    group_of = {name: _group_of(checkpoint, name, groups) for name in names}
-    super().__init__(checkpoint, {name: _spec(checkpoint, name, group) for name, group in group_of.items()})
+    leaves = ("weight_packed", "weight_scale", "weight_shape")
+    super().__init__(checkpoint, specs_of(quantization, checkpoint, *leaves))
+    group_of = {name: _group_of(checkpoint, name, groups) for name in self}
     self._act_order = {name for name, group in group_of.items() if group["weights"].get("actorder") in _GROUPED}
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
@@ -188,6 +179,32 @@ class CompressedTensorsLayers(QuantizedLayers):
     if self.checkpoint.shape(tensor) == (n, groups):
       return read_integers(self.checkpoint, tensor, np.int8).astype(np.int32) + zero_code(bits)
     return unpack_words(read_integers(self.checkpoint, tensor, np.int32), 0, bits)
+
+
+def specs_of(quantization: dict[str, Any], checkpoint: Checkpoint, *leaves: str) -> dict[str, QuantSpec]:
+  """Name -> QuantSpec of the layers that have a tensor by one of these last names, from config_groups.
+
+  Raises:
+    CheckpointError: the quantization_config holds nonsense.
+    NotImplementedError: it asks for more than integer weights of 4 or 8 bits in groups or columns.
+  """
+  groups = _groups(quantization, checkpoint)
+  names = layers_with(checkpoint, *leaves)
+  return {name: _spec(checkpoint, name, _group_of(checkpoint, name, groups)) for name in names}
+
+
+def _groups(quantization: dict[str, Any], checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+  # Each of these changes what the weights or the activations are.
+  sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
+  if sparsity != "dense":
+    raise not_covered(checkpoint, f"compressed-tensors sparsity_config has the format {sparsity!r}")
+  for key in ("kv_cache_scheme", "transform_config"):
+    if quantization.get(key):
+      raise not_covered(checkpoint, f"compressed-tensors {key} is {quantization[key]!r}")
+  groups = quantization.get("config_groups")
+  if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+    raise CheckpointError(f"{checkpoint.folder}: quantization_config: config_groups must be an object of objects")
+  return groups
 
 
 def _group_of(checkpoint: Checkpoint, name: str, groups: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.quantized import SMALLEST_GROUP, PackedTensor, QuantSpec
+from marlin_jax.quantized import SMALLEST_GROUP, Packed, QuantSpec
 
 
 class QuantizedLayers(Mapping[str, QuantSpec]):
@@ -37,12 +37,12 @@ class QuantizedLayers(Mapping[str, QuantSpec]):
     """Names and shapes of the tensors that store the weight of a [k, n] layer."""
     raise NotImplementedError
 
-  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
+  def read(self, name: str, k: int, n: int, device) -> Packed:
     """The weight of a [k, n] layer, read from tensors whose shapes were checked.
 
     Raises:
       CheckpointError: a tensor has a wrong dtype or values that make no sense.
-      NotImplementedError: a `PackedTensor` cannot hold this weight exactly.
+      NotImplementedError: a packed weight cannot hold this weight exactly.
     """
     raise NotImplementedError
 

@@ -10,6 +10,7 @@ from marlin_jax.checkpoint.folder import find_folder
 from marlin_jax.checkpoint.huggingface import abstract_decoder, fill, read_config
 from marlin_jax.checkpoint.native import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
+from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.tokenizer import Tokenizer
 
@@ -18,7 +19,8 @@ def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16,
   """The model in a checkpoint folder, or of a Hub model in the local cache, float or quantized.
 
   Quantized by this package or, in 4 or 8 bits, by another tool: GPTQ, AWQ, compressed-tensors, HQQ and original MARLIN
-  checkpoints, all exactly (docs/quantization.md). Scales keep the dtype they are stored in.
+  checkpoints, all exactly; 2:4 sparse ones of compressed-tensors too, float and quantized (docs/quantization.md).
+  Scales keep the dtype they are stored in.
 
   Args:
     path: a folder with config.json and safetensors, or a name such as "org/model" that was downloaded before.
@@ -34,7 +36,7 @@ def load_model(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.bfloat16,
   """
   folder = find_folder(path)
   hf, config = read_config(folder)
-  checkpoint = Checkpoint(folder)
+  hf, checkpoint = decompressed(hf, Checkpoint(folder))
   quantized = quantized_layers(hf, checkpoint)
   model = fill(abstract_decoder(config, dtype), checkpoint, quantized, dtype, device)
   if (folder / "tokenizer.json").exists():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as the fields of a PackedTensor.
+"""Our own quantized format: a Hugging Face checkpoint whose dense weights are stored as the fields of packed tensors.
 
     float model                      quantized by this package
-    <layer>.weight   [N, K]          <layer>.qweight      int16 [N/64, K/64, 8 bits, 32], kernel order (docs/layout.md)
+    <layer>.weight   [N, K]          <layer>.qweight      int16 [N/64, K/64, 8 bits, 32], kernel order (docs/layout.md);
+                                                          2:4 sparse, the kept codes [N/64, K/128, 32, 32]
+                                     <layer>.meta         int16 [N/64, K/128, 32, 16], if it is 2:4 sparse
                                      <layer>.scales       float [G, N]
                                      <layer>.zeros        float [G, N], if it is not symmetric
                                      <layer>.permutation  int32 [K], if it has act-order
@@ -10,8 +12,8 @@
     config.json                      the same keys and "quantization_config"
 
 The layers that have a qweight are the quantized ones; quantization_config says how: {"quant_method": "marlin_jax",
-"format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "act_order": false}, and, where single layers
-differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
+"format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "sparse24": false, "act_order": false}, and, where
+single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from marlin_jax.checkpoint import compressed_tensors
+from marlin_jax.checkpoint import compressed_tensors, marlin24
 from marlin_jax.checkpoint.awq import AwqLayers
 from marlin_jax.checkpoint.compressed_tensors import CompressedTensorsLayers
 from marlin_jax.checkpoint.folder import SIDE_FILES, CheckpointError, new_folder, read_json, write_json
@@ -49,15 +51,16 @@ from marlin_jax.checkpoint.layers import (
 )
 from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
+from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.convert import Path, keep_head
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
 from marlin_jax.nnx import QuantLinear, QuantParam, quantize_and_pack
 from marlin_jax.packing import unpack
-from marlin_jax.quantized import PACKED_FIELDS, PackedTensor, QuantSpec
+from marlin_jax.quantized import Packed, PackedTensor, QuantSpec, SparsePackedTensor, arrays_of
 from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
-from pallas_kernels import layout
+from pallas_kernels import layout, layout24
 
 FORMAT_VERSION = 1
 
@@ -88,18 +91,28 @@ class NativeLayers(QuantizedLayers):
       super().__init__(checkpoint, {name: dataclasses.replace(spec, **s) for name, s in settings.items()})
     except (TypeError, ValueError, AttributeError) as error:
       raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
+    for name in self._act_order:
+      if self[name].sparse24:
+        raise NotImplementedError(
+          f"{checkpoint.folder}: layer {name} is 2:4 sparse and has act-order, which is not supported"
+        )
 
   def shapes(self, name: str, k: int, n: int) -> dict[str, tuple[int, ...]]:
     spec = self[name]
     groups = spec.groups(k)
-    shapes = {"qweight": layout.qweight_shape(k, n, spec.bits), "scales": (groups, n)}
+    if spec.sparse24:
+      shapes = {"qweight": layout24.qweight_shape(k, n), "meta": layout24.meta_shape(k, n), "scales": (groups, n)}
+    else:
+      shapes = {"qweight": layout.qweight_shape(k, n, spec.bits), "scales": (groups, n)}
     if not spec.symmetric:
       shapes["zeros"] = (groups, n)
     if name in self._act_order:
       shapes["permutation"] = (k,)
     return {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}
 
-  def read(self, name: str, k: int, n: int, device) -> PackedTensor:
+  def read(self, name: str, k: int, n: int, device) -> Packed:
+    if self[name].sparse24:
+      return self._read_sparse(name, k, device)
     permutation = None
     if name in self._act_order:
       permutation = read_integers(self.checkpoint, f"{name}.permutation", np.int32)
@@ -113,6 +126,19 @@ class NativeLayers(QuantizedLayers):
       scales=read_scales(self.checkpoint, f"{name}.scales", device),
       zeros=None if self[name].symmetric else read_float(self.checkpoint, f"{name}.zeros", None, device),
       permutation=permutation,
+      k=k,
+    )
+
+  def _read_sparse(self, name: str, k: int, device) -> SparsePackedTensor:
+    meta = jax.device_put(read_integers(self.checkpoint, f"{name}.meta", np.int16), device)
+    if not layout24.meta_is_sound(meta):
+      raise CheckpointError(
+        f"{self.checkpoint.folder}: tensor {name}.meta must hold two ascending positions for every four weights"
+      )
+    return SparsePackedTensor(
+      qweight=jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
+      meta=meta,
+      scales=read_scales(self.checkpoint, f"{name}.scales", device),
       k=k,
     )
 
@@ -146,6 +172,8 @@ def quantized_layers(hf: Mapping[str, Any], checkpoint: Checkpoint) -> Quantized
       return GptqLayers(quantization, checkpoint)
     case "awq":
       return AwqLayers(quantization, checkpoint)
+    case "compressed-tensors" if stored_as == marlin24.FORMAT:
+      return marlin24.Marlin24Layers(quantization, checkpoint)
     case "compressed-tensors":
       return CompressedTensorsLayers(quantization, checkpoint)
     case "hqq":
@@ -219,7 +247,7 @@ def quantize_tensors(
   Args:
     source: a float checkpoint folder, or a Hub model in the local cache.
     destination: a folder that does not exist yet, or is empty. It appears when it is complete.
-    spec: bits, group size and symmetry.
+    spec: bits, group size, symmetry and sparsity.
     quantizer: round to nearest with searched scales, or another that takes (w, spec).
     predicate: (path, layer) -> whether to quantize a dense layer; the layers have shapes but no values.
     format: of the result.
@@ -234,6 +262,7 @@ def quantize_tensors(
   """
   checkpoint = open_checkpoint(source)
   hf, config = read_config(checkpoint.folder)
+  hf, checkpoint = decompressed(hf, checkpoint)
   if hf.get("quantization_config") is not None:
     raise CheckpointError(f"{checkpoint.folder} is quantized already, must be a float checkpoint")
   # The dtype of this model is never used: it stands for names and shapes.
@@ -270,21 +299,21 @@ def quantize_tensors(
         shutil.copyfile(checkpoint.folder / file, folder / file)
 
 
-def _encode(w: PackedTensor) -> dict[str, np.ndarray]:
-  fields = {field: getattr(w, field) for field in PACKED_FIELDS}
-  return {field: np.asarray(array) for field, array in fields.items() if array is not None}
+def _encode(w: Packed) -> dict[str, np.ndarray]:
+  return {name: np.asarray(array) for name, array in arrays_of(w).items()}
 
 
-_ENCODERS: dict[str, Callable[[PackedTensor], dict[str, np.ndarray]]] = {
+_ENCODERS: dict[str, Callable[[Packed], dict[str, np.ndarray]]] = {
   "native": _encode,
   "compressed-tensors": lambda w: compressed_tensors.encode(unpack(w)),
 }
 
 
-def _kind(w: PackedTensor) -> tuple[QuantSpec, bool]:
+def _kind(w: Packed) -> tuple[QuantSpec, bool]:
   """The spec of a weight, and whether it has act-order."""
   group_size = w.group_size if w.scales.shape[0] > 1 else None
-  return QuantSpec(bits=w.bits, group_size=group_size, symmetric=w.zeros is None), w.permutation is not None
+  spec = QuantSpec(bits=w.bits, group_size=group_size, symmetric=w.zeros is None, sparse24=w.meta is not None)
+  return spec, w.permutation is not None
 
 
 def _settings(spec: QuantSpec) -> dict[str, Any]:
@@ -303,7 +332,7 @@ def _quantization_config(layers: Mapping[str, QuantLinear], format: str, ignore:
     for name, (spec, act_order) in ((name, _kind(w)) for name, w in packed.items())
   }
   common = {}
-  for key in ("bits", "group_size", "symmetric", "act_order"):
+  for key in ("bits", "group_size", "symmetric", "sparse24", "act_order"):
     # A layer of one group fits any group size equal to its K too, so it has no vote unless all layers are like it.
     votes = Counter(setting[key] for setting in settings.values() if setting[key] is not None)
     common[key] = max(votes, key=votes.__getitem__, default=None)
@@ -313,5 +342,5 @@ def _quantization_config(layers: Mapping[str, QuantLinear], format: str, ignore:
       setting["group_size"] = packed[name].k
     if differing := {key: value for key, value in setting.items() if value != common[key]}:
       exceptions[name] = differing
-  spec = QuantSpec(bits=common["bits"], group_size=common["group_size"], symmetric=common["symmetric"])
-  return _settings(spec) | {"act_order": common["act_order"]} | ({"layers": exceptions} if exceptions else {})
+  act_order = common.pop("act_order")
+  return _settings(QuantSpec(**common)) | {"act_order": act_order} | ({"layers": exceptions} if exceptions else {})

@@ -35,6 +35,16 @@ def test_inspect_says_what_is_there(quantized, capsys):
   assert "14 quantized layers" in out and "4 bits, groups of 64" in out and "tokenizer.json" in out
 
 
+def test_a_sparse_copy_is_written_and_said_to_be_one(tmp_path, capsys):
+  folder = tmp_path / "sparse"
+  assert main(["quantize", str(LLAMA), str(folder), "--group-size", "64", "--sparse24"]) == 0
+  assert "14 quantized layers" in (out := capsys.readouterr().out) and "4 bits, groups of 64, 2:4 sparse" in out
+  assert load_model(folder).layers[0].mlp.up_proj.packed.meta is not None
+  assert main(["generate", str(folder), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
+  assert main(["quantize", str(LLAMA), str(tmp_path / "not"), "--bits", "8", "--sparse24"]) == 2
+  assert "sparse24 with bits=8 and symmetric=True is not implemented" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["gptq-int4-g128-sym", "ct-int4-g128-sym", "marlin-orig-g128"])
 def test_inspect_counts_the_bytes_of_other_tools_formats(name, capsys):
   assert main(["inspect", str(LLAMA.parent / name)]) == 0

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from marlin_jax import QuantDense, QuantSpec, quant_matmul, quantize_variables
+from marlin_jax import QuantDense, QuantSpec, SparsePackedTensor, quant_matmul, quantize_variables
 from marlin_jax.quantized import PackedTensor
 
 
@@ -81,6 +81,18 @@ def test_bits_and_zeros_travel_in_the_variables(trained, spec):
   assert ("zeros" in quant) == (not spec.symmetric)
   y = QuantDense(256).apply({"quant": quant, "params": params}, X)
   np.testing.assert_array_equal(y, quant_matmul(X, PackedTensor(**quant, k=128), params["bias"]))
+
+
+def test_sparse_weights_travel_in_the_variables(trained):
+  spec = QuantSpec(sparse24=True)
+  variables, report = quantize_variables({"params": {"up": trained["params"]["up"]}}, spec)
+  quant, params = variables["quant"]["up"], variables["params"]["up"]
+  assert set(quant) == {"qweight", "meta", "scales"}
+  fresh = jax.jit(QuantDense(256, spec=spec).init)(jax.random.key(0), X)
+  assert jax.tree.map(jnp.shape, fresh["quant"]) == jax.tree.map(jnp.shape, quant)
+  y = QuantDense(256).apply({"quant": quant, "params": params}, X)
+  np.testing.assert_array_equal(y, quant_matmul(X, SparsePackedTensor(**quant, k=128), params["bias"]))
+  assert report.quantized[0].bytes_after == sum(array.nbytes for array in quant.values())
 
 
 def test_an_optimizer_of_params_does_not_see_the_weight(trained):

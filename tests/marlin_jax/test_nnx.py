@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from marlin_jax import QuantLinear, QuantParam, QuantSpec, quant_matmul, unpack
+from marlin_jax import QuantLinear, QuantParam, QuantSpec, SparsePackedTensor, quant_matmul, unpack
 
 X = jax.random.normal(jax.random.key(0), (4, 128))
 
@@ -47,6 +47,22 @@ def test_from_linear_takes_weight_bias_and_dtype_over():
 def test_scales_have_the_dtype_of_the_weight():
   linear = nnx.Linear(128, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert QuantLinear.from_linear(linear).scales[...].dtype == jnp.bfloat16
+
+
+def test_a_sparse_layer_holds_half_the_codes_and_their_positions():
+  linear = nnx.Linear(256, 48, rngs=nnx.Rngs(0))
+  layer = QuantLinear.from_linear(linear, QuantSpec(sparse24=True))
+  assert isinstance(layer.packed, SparsePackedTensor) and layer.meta[...].shape == (1, 2, 32, 16)
+  w = unpack(layer.packed).dequantize()
+  kept = np.asarray(w).reshape(64, 4, 48) != 0
+  assert kept.sum(1).max() == 2 and kept.mean() > 0.4
+  x = jnp.tile(X, (1, 2))
+  np.testing.assert_allclose(layer(x), x @ w, rtol=1e-5, atol=1e-5)
+  fresh = QuantLinear(256, 48, spec=QuantSpec(sparse24=True), rngs=nnx.Rngs(0))
+  assert jax.tree.structure(nnx.state(fresh)) == jax.tree.structure(nnx.state(layer))
+  assert QuantLinear(256, 48, rngs=nnx.Rngs(0)).meta is None
+  state = jax.jit(lambda: nnx.state(QuantLinear(256, 48, spec=QuantSpec(sparse24=True), rngs=nnx.Rngs(0))))()
+  np.testing.assert_array_equal(state["meta"][...], fresh.meta[...])
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(symmetric=False), QuantSpec(bits=8, symmetric=False)])

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marlin_jax import QuantSpec, pack, quant_matmul, quantize_rtn
+from marlin_jax import QuantSpec, pack, pack24, quant_matmul, quantize_rtn
+from marlin_jax.quantizers.sparse24 import quantize_sparse24
 from pallas_kernels import matmul
 
 
@@ -30,6 +31,20 @@ def test_zeros_bits_and_permutation_reach_the_product(rng, bits, symmetric):
   x = jnp.asarray(rng.normal(size=(2, 3, 128)), jnp.float32)
   for w in (tensor, dataclasses.replace(tensor, permutation=order)):
     np.testing.assert_allclose(quant_matmul(x, pack(w)), x @ w.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_weight_reaches_the_product(rng):
+  tensor = quantize_sparse24(jnp.asarray(rng.normal(size=(128, 96)), jnp.float32), QuantSpec(sparse24=True))
+  x, bias = jnp.asarray(rng.normal(size=(2, 3, 128)), jnp.float32), jnp.asarray(rng.normal(size=96), jnp.float32)
+  y = quant_matmul(x, pack24(tensor), bias)
+  np.testing.assert_allclose(y, x @ tensor.dequantize() + bias, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(y, quant_matmul(x, pack(tensor), bias))
+
+
+def test_a_sparse_weight_on_a_gpu_takes_its_own_kernel(h200, rng):
+  tensor = quantize_sparse24(jnp.asarray(rng.normal(size=(128, 96)), jnp.bfloat16), QuantSpec(sparse24=True))
+  text = str(jax.make_jaxpr(lambda x, w: quant_matmul(x, w))(jnp.ones((2, 128), jnp.bfloat16), pack24(tensor)))
+  assert "w4a16_sparse24_triton" in text
 
 
 def test_bias_is_added_in_the_dtype_of_x(rng, packed):

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from marlin_jax import QuantizedTensor, pack, unpack
+from marlin_jax import QuantizedTensor, pack, pack24, unpack
 from marlin_jax.packing import concatenate, split
 from pallas_kernels import qweight_shape
+from tests.pallas_kernels.problems import sparse24_codes
 
 
 def random_tensor(rng, k, n, groups, bits=4, zeros=False, permutation=False):
@@ -35,6 +38,77 @@ def test_pack_and_unpack_are_inverse_bit_for_bit(rng, k, n, groups, bits, zeros,
   assert packed.shape == (k, n) and packed.group_size == k // groups and packed.bits == bits
   assert packed.qweight.shape == qweight_shape(k, n, bits)
   assert_same(jax.jit(unpack)(packed), tensor)
+
+
+def random_tensor24(rng, k, n, groups, density=None):
+  scales = jnp.asarray(rng.normal(size=(groups, n)), jnp.bfloat16)
+  return QuantizedTensor(codes=sparse24_codes(rng, k, n, density), scales=scales)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+  k=st.integers(1, 40).map(lambda i: 16 * i),
+  n=st.integers(1, 140),
+  group_size=st.sampled_from([16, 32, 64, 128, None]),
+  density=st.sampled_from([0, 1, 2, None]),
+  seed=st.integers(0, 999),
+)
+def test_sparse_weights_come_back_bit_for_bit(k, n, group_size, density, seed):
+  groups = 1 if group_size is None or k % group_size else k // group_size
+  tensor = random_tensor24(np.random.default_rng(seed), k, n, groups, density)
+  packed = pack24(tensor)
+  assert packed.shape == (k, n) and packed.group_size == k // groups and packed.bits == 4
+  assert_same(unpack(packed), tensor)
+  assert_same(jax.jit(lambda t: unpack(pack24(t)))(tensor), tensor)
+
+
+def test_sparse_weights_take_three_quarters_of_the_bytes(rng):
+  tensor = random_tensor24(rng, 512, 128, 4, 2)
+  assert pack24(tensor).nbytes == 512 * 128 * 3 // 8 + 2 * 4 * 128
+  assert pack(tensor).nbytes == 512 * 128 * 4 // 8 + 2 * 4 * 128
+
+
+@pytest.mark.parametrize("place", [(2, 0), (130, 69), (7, 3)])
+def test_a_weight_that_is_not_sparse_is_refused_with_the_place(rng, place):
+  k, n = place
+  codes = np.full((134, 70), 8, np.uint8)
+  codes[:, 40:45] = sparse24_codes(rng, 134, 5)
+  codes[k // 4 * 4 : k + 1, n] = [1, 15, 2, 3][: k % 4 + 1]
+  if k % 4 == 3:
+    codes[k - 1, n] = 8  # the third of the quad stands in its last place
+  codes[132:, 69] = 1, 2  # two in the last, short quad are fine
+  q = k // 4 * 4
+  message = (
+    f"codes are not 2:4 sparse: at k={k}, n={n} stands {codes[k, n]}, the third of codes[{q}:{q + 4}, {n}] = "
+    f"{codes[q : q + 4, n].tolist()} that is not 8"
+  )
+  with pytest.raises(ValueError) as error:
+    pack24(QuantizedTensor(codes=jnp.asarray(codes), scales=jnp.ones((1, 70))))
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  "kind, found",
+  [
+    (dict(bits=8), "8 bits"),
+    (dict(zeros=True), "4 bits and zero points"),
+    (dict(permutation=True), "4 bits and a permutation"),
+  ],
+)
+def test_only_symmetric_weights_of_four_bits_are_packed_as_sparse(rng, kind, found):
+  with pytest.raises(NotImplementedError, match=f"the weight has {found}; packed as 2:4 sparse it must have 4 bits"):
+    pack24(random_tensor(rng, 64, 64, 1, **kind))
+
+
+@pytest.mark.parametrize("widths", [(64,), (128, 64, 30), (30, 64, 7)])
+def test_sparse_weights_are_concatenated_and_come_apart_again(rng, widths):
+  parts = [random_tensor24(rng, 96, n, 3) for n in widths]
+  whole = concatenate([pack24(part) for part in parts])
+  want = np.concatenate([part.dequantize() for part in parts], axis=1)
+  np.testing.assert_array_equal(unpack(whole).dequantize(), want)
+  assert_same(pack24(unpack(whole)), whole)
+  for apart, part in zip(split(whole, widths), parts, strict=True):
+    assert_same(apart, pack24(part))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -70,6 +144,8 @@ def test_what_does_not_belong_together_is_not_concatenated(rng):
   ):
     with pytest.raises(ValueError, match=message):
       concatenate([first, pack(other)])
+  with pytest.raises(ValueError, match=r"being 2:4 sparse must be the same in all tensors, not \[False, True\]"):
+    concatenate([first, pack24(random_tensor24(rng, 64, 64, 2))])
   with pytest.raises(ValueError, match="tensors is empty"):
     concatenate([])
   with pytest.raises(ValueError, match=r"sizes=\(64, 1\) must add up to the 64 columns"):

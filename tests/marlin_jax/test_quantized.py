@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marlin_jax import PackedTensor, QuantizedTensor, QuantSpec, pack
+from marlin_jax import PackedTensor, QuantizedTensor, QuantSpec, SparsePackedTensor, pack, pack24
 
 CODES = jnp.zeros((128, 64), jnp.uint8)
 WORDS = jnp.zeros((1, 2, 32, 32), jnp.int16)
+META = jnp.full((1, 2, 32, 16), 0x4444, jnp.int16)
 
 
 @pytest.mark.parametrize("group_size, groups", [(32, 8), (64, 4), (128, 2), (None, 1)])
@@ -24,6 +25,8 @@ def test_spec_counts_groups(group_size, groups):
     (dict(group_size=-1), ValueError, "group_size=-1 must be a positive multiple of 16"),
     (dict(group_size=8), ValueError, "group_size=8 must be a positive multiple of 16"),
     (dict(group_size=40), ValueError, "group_size=40 must be a positive multiple of 16"),
+    (dict(sparse24=True, bits=8), NotImplementedError, "sparse24 with bits=8 and symmetric=True is not implemented"),
+    (dict(sparse24=True, symmetric=False), NotImplementedError, "sparse24 with bits=4 and symmetric=False is not"),
   ],
 )
 def test_spec_refuses_what_it_does_not_know(change, error, message):
@@ -75,6 +78,11 @@ def test_dequantize_is_scale_times_code_minus_zero(rng, bits, middle, with_zeros
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 65)), k=128)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 64)), k=129)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((3, 64)), k=128)),
+    (SparsePackedTensor, dict(qweight=WORDS, meta=META[:, :1], scales=jnp.ones((1, 64)), k=256)),
+    (SparsePackedTensor, dict(qweight=WORDS, meta=META.astype(jnp.int32), scales=jnp.ones((1, 64)), k=256)),
+    (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((1, 64)), k=257)),
+    (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((1, 65)), k=256)),
+    (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((3, 64)), k=256)),
   ],
 )
 def test_wrong_fields_are_refused(kind, fields):
@@ -103,6 +111,19 @@ def test_tensors_are_frozen_pytrees_that_jit_and_tree_map_rebuild():
   assert stacked.qweight.shape == (2, 1, 2, 32, 32)
   with pytest.raises(AttributeError):
     packed.k = 64
+
+
+def test_a_sparse_tensor_is_a_pytree_too():
+  packed = jax.jit(lambda t: t)(
+    pack24(QuantizedTensor(codes=jnp.full((256, 64), 8, jnp.uint8), scales=jnp.ones((2, 64))))
+  )
+  assert isinstance(packed, SparsePackedTensor) and packed.shape == (256, 64) and packed.group_size == 128
+  assert [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed)] == [
+    ".qweight",
+    ".meta",
+    ".scales",
+  ]
+  assert jax.tree.map(lambda *leaves: jnp.stack(leaves), packed, packed).meta.shape == (2, 1, 2, 32, 16)
 
 
 def test_zeros_and_permutation_are_leaves_too():

@@ -20,6 +20,14 @@ def random(rng, m: int, k: int, n: int, groups: int, dtype):
   return x, codes, scales_of(rng, groups, n, dtype)
 
 
+def prune24(codes):
+  """The codes with the two largest |code - 8| of every four kept, of equal ones the first: 2:4 sparse, all masks."""
+  k, n = codes.shape
+  size = np.abs(np.pad(np.asarray(codes, int), ((0, -k % 4), (0, 0)), constant_values=8) - 8).reshape(-1, 4, n)
+  rank = np.argsort(np.argsort(-size, axis=1, kind="stable"), axis=1, kind="stable")
+  return jnp.where((rank < 2).reshape(-1, n)[:k], codes, jnp.uint8(layout.ZERO_CODE))
+
+
 def exact_scales(rng, groups: int, n: int, dtype):
   """Powers of two: products and sums with them are exact."""
   return jnp.asarray(rng.choice([0.25, 0.5, 1.0], (groups, n)), dtype)
@@ -72,3 +80,13 @@ def assert_close(y, x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.flo
 
 def packed(codes):
   return layout.pack_codes(codes)
+
+
+def sparse24_codes(rng, k: int, n: int, density: int | None = 2):
+  """2:4 sparse codes: `density` of every four are not 8 (None: 0, 1 or 2, a quad by a quad), all masks alike."""
+  quads = -(-k // 4)
+  codes = np.asarray(rng.choice([code for code in range(16) if code != layout.ZERO_CODE], (quads, 4, n)), np.uint8)
+  kept = rng.integers(0, 3, (quads, 1, n)) if density is None else density
+  rank = np.argsort(np.argsort(rng.random((quads, 4, n)), axis=1), axis=1)
+  codes = np.where(rank < kept, codes, layout.ZERO_CODE).astype(np.uint8)
+  return jnp.asarray(codes.reshape(-1, n)[:k])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation, hardware, layout, matmul
+from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation, hardware, layout, layout24, matmul
 from tests.pallas_kernels import problems
 
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -17,34 +17,51 @@ M_SWEEP = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 129, 257)
 CUDA = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
 
 
-@pytest.fixture(
-  params=[
-    "reference",
-    "interpreted",
-    pytest.param("triton", marks=pytest.mark.gpu),
-    pytest.param("hopper", marks=pytest.mark.gpu),
-  ]
-)
-def run(request):
-  """(x, codes, scales, zeros, bits) -> y by one implementation; `run.name` is its name."""
-  how = (
-    dict(implementation="triton", interpret=True)
-    if request.param == "interpreted"
-    else dict(implementation=request.param)
-  )
+gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
+DENSE = ["reference", "interpreted", gpu("triton"), gpu("hopper")]
+SPARSE = ["reference of 2:4", "interpreted of 2:4", gpu("triton24")]
+
+
+def runner(name: str):
+  """(x, codes, scales, zeros, bits) -> y by one implementation.
+
+  `run.name` is its name, `run.prune` makes codes of such as it takes: of half of them zeros for what takes 2:4 sparse
+  weights, of all codes themselves for the others.
+  """
+  sparse = name.endswith("24") or name.endswith("2:4")
+  kernel = "triton24" if sparse else "triton"
+  how = {
+    "reference": dict(implementation="reference"),
+    "interpreted": dict(implementation=kernel, interpret=True),
+  }.get(name.removesuffix(" of 2:4"), dict(implementation=name))
   jitted = jax.jit(functools.partial(matmul, **how))
 
   def run(x, codes, scales, zeros=None, bits=4):
-    if request.param == "hopper":
+    if name == "hopper":
       (m, k), (groups, n) = x.shape, scales.shape
       sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
       problem = MatmulProblem(**sizes, bits=bits, zeros=zeros is not None)
       if reason := IMPLEMENTATIONS["hopper"](problem, hardware.current_device()):
         pytest.skip(reason)
+    if sparse:
+      assert not layout24.surplus(codes).any()
+      qweight, meta = layout24.pack_codes(codes)
+      return jitted(x, qweight, scales, meta=meta)
     return jitted(x, layout.pack_codes(codes, bits), scales, zeros)
 
-  run.name = request.param
+  run.name = name
+  run.prune = problems.prune24 if sparse else lambda codes: codes
   return run
+
+
+@pytest.fixture(params=DENSE + SPARSE)
+def run(request):
+  return runner(request.param)
+
+
+@pytest.fixture(params=DENSE)
+def run_dense(request):
+  return runner(request.param)
 
 
 def weight_dtype(name: str, m: int, group_size: int, dtype) -> np.dtype:
@@ -59,6 +76,7 @@ def weight_dtype(name: str, m: int, group_size: int, dtype) -> np.dtype:
 def test_random_problem_is_right(run, rng, m, group_size, dtype):
   k, n = 256, 128
   x, codes, scales = problems.random(rng, m, k, n, 1 if group_size is None else k // group_size, dtype)
+  codes = run.prune(codes)
   y = run(x, codes, scales)
   assert y.shape == (m, n) and y.dtype == dtype
   if m:
@@ -79,12 +97,12 @@ def random_of_kind(rng, m, k, n, groups, bits, zeros, dtype):
 @KINDS
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("m, group_size", [(1, 128), (3, None), (17, 16), (33, 64), (64, 32), (129, 128)])
-def test_every_kind_of_weight_is_right(run, rng, m, group_size, dtype, bits, zeros):
+def test_every_kind_of_weight_is_right(run_dense, rng, m, group_size, dtype, bits, zeros):
   k, n = 256, 128
   x, codes, scales, points = random_of_kind(rng, m, k, n, k // (group_size or k), bits, zeros, dtype)
-  y = run(x, codes, scales, points, bits)
-  rounding = weight_dtype(run.name, m, group_size or k, dtype)
-  if zeros == "fractional" and run.name != "reference":
+  y = run_dense(x, codes, scales, points, bits)
+  rounding = weight_dtype(run_dense.name, m, group_size or k, dtype)
+  if zeros == "fractional" and run_dense.name != "reference":
     # A kernel rounds code - zero to x's dtype: the weights as it has them.
     steps = np.asarray(codes, np.float32).reshape(scales.shape[0], -1, n) - np.asarray(points, np.float32)[:, None]
     w = np.asarray(steps.astype(dtype), np.float64) * np.asarray(scales, np.float64)[:, None]
@@ -97,30 +115,32 @@ def test_every_kind_of_weight_is_right(run, rng, m, group_size, dtype, bits, zer
 
 @KINDS
 @pytest.mark.parametrize("k, n, group_size", [(77, 93, None), (96, 65, 32), (192, 191, 64)])
-def test_odd_sizes_of_every_kind_are_right(run, rng, k, n, group_size, bits, zeros):
+def test_odd_sizes_of_every_kind_are_right(run_dense, rng, k, n, group_size, bits, zeros):
   if zeros == "fractional":
     zeros = "whole"
   x, codes, scales, points = random_of_kind(rng, 5, k, n, k // (group_size or k), bits, zeros, BF16)
-  rounding = weight_dtype(run.name, 5, group_size or k, BF16)
-  problems.assert_close(run(x, codes, scales, points, bits), x, codes, scales, points, bits, weight_dtype=rounding)
+  rounding = weight_dtype(run_dense.name, 5, group_size or k, BF16)
+  problems.assert_close(
+    run_dense(x, codes, scales, points, bits), x, codes, scales, points, bits, weight_dtype=rounding
+  )
 
 
 @pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("group_size", [16, 128, None])
-def test_identity_gives_the_weight_of_every_kind_bit_by_bit(run, rng, group_size, dtype, bits, zeros):
+def test_identity_gives_the_weight_of_every_kind_bit_by_bit(run_dense, rng, group_size, dtype, bits, zeros):
   k, n = 256, 128
   _, codes, scales, points = random_of_kind(
     rng, 1, k, n, k // (group_size or k), bits, "whole" if zeros else None, dtype
   )
-  y = run(jnp.eye(k, dtype=dtype), codes, scales, points, bits)
+  y = run_dense(jnp.eye(k, dtype=dtype), codes, scales, points, bits)
   w = problems.expected(np.eye(k), codes, scales, points, bits)
   np.testing.assert_array_equal(y, jnp.asarray(w, jnp.float32).astype(dtype))
 
 
 @pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
 @pytest.mark.parametrize("m", [1, 33])
-def test_cancelling_sums_of_every_kind_are_exact(run, rng, m, bits, zeros):
+def test_cancelling_sums_of_every_kind_are_exact(run_dense, rng, m, bits, zeros):
   k, n, groups = 2048, 128, 16
   x, _, scales = problems.cancel(rng, m, k, n, groups, BF16)
   half = rng.integers(0, 2**bits, (k // 2, n))
@@ -128,7 +148,7 @@ def test_cancelling_sums_of_every_kind_are_exact(run, rng, m, bits, zeros):
   # The second half's groups have the zero points of the first, or nothing would cancel.
   points = jnp.asarray(np.tile(rng.integers(0, 2**bits, (groups // 2, n)), (2, 1)), BF16) if zeros else None
   want = problems.expected(x, codes, scales, points, bits)
-  np.testing.assert_array_equal(run(x, codes, scales, points, bits), jnp.asarray(want, jnp.float32).astype(BF16))
+  np.testing.assert_array_equal(run_dense(x, codes, scales, points, bits), jnp.asarray(want, jnp.float32).astype(BF16))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +156,7 @@ def test_cancelling_sums_of_every_kind_are_exact(run, rng, m, bits, zeros):
 )
 def test_odd_sizes_are_right(run, rng, k, n, group_size):
   x, codes, scales = problems.random(rng, 5, k, n, 1 if group_size is None else k // group_size, BF16)
+  codes = run.prune(codes)
   rounding = weight_dtype(run.name, 5, group_size or k, BF16)
   problems.assert_close(run(x, codes, scales), x, codes, scales, weight_dtype=rounding)
 
@@ -145,6 +166,7 @@ def test_odd_sizes_are_right(run, rng, k, n, group_size):
 def test_identity_gives_the_weight_bit_by_bit(run, rng, group_size, dtype):
   k, n = 256, 192
   _, codes, scales = problems.random(rng, 1, k, n, 1 if group_size is None else k // group_size, dtype)
+  codes = run.prune(codes)
   y = run(jnp.eye(k, dtype=dtype), codes, scales)
   want = (np.asarray(codes, np.float32) - 8).reshape(scales.shape[0], -1, n) * np.asarray(scales, np.float32)[:, None]
   np.testing.assert_array_equal(y, jnp.asarray(want.reshape(k, n)).astype(dtype))
@@ -154,6 +176,7 @@ def test_identity_gives_the_weight_bit_by_bit(run, rng, group_size, dtype):
 @pytest.mark.parametrize("m", [1, 16, 33])
 def test_cancelling_sums_are_exact(run, rng, m, dtype):
   x, codes, scales = problems.cancel(rng, m, 2048, 256, 16, dtype)
+  codes = run.prune(codes)
   y = run(x, codes, scales)
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(dtype))
 
@@ -161,6 +184,7 @@ def test_cancelling_sums_are_exact(run, rng, m, dtype):
 @pytest.mark.parametrize("m", [8, 40])
 def test_rows_do_not_see_each_other_not_even_nan_and_inf(run, rng, m):
   x, codes, scales = problems.random(rng, m, 256, 128, 2, BF16)
+  codes = run.prune(codes)
   clean = run(x, codes, scales)
   dirty = run(x.at[3, 7].set(jnp.nan).at[5, 200].set(jnp.inf), codes, scales)
   others = np.setdiff1d(np.arange(m), [3, 5])
@@ -171,12 +195,14 @@ def test_rows_do_not_see_each_other_not_even_nan_and_inf(run, rng, m):
 
 def test_a_nan_scale_stays_in_its_column(run, rng):
   x, codes, scales = problems.random(rng, 4, 256, 128, 2, BF16)
+  codes = run.prune(codes)
   y = run(x, codes, scales.at[1, 70].set(jnp.nan))
   np.testing.assert_array_equal(jnp.isnan(y).any(0), np.arange(128) == 70)
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch_of_the_same_config(run, rng):
   x, codes, scales = problems.random(rng, 16, 512, 128, 4, BF16)
+  codes = run.prune(codes)
   whole = run(x, codes, scales)
   for row in (0, 9, 15):
     np.testing.assert_array_equal(run(x.at[:row].set(0).at[row + 1 :].set(0), codes, scales)[row], whole[row])
@@ -184,6 +210,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_of_the_same_config(run, rng):
 
 def test_two_calls_give_the_same_bits(run, rng):
   x, codes, scales = problems.random(rng, 17, 1024, 128, 8, BF16)
+  codes = run.prune(codes)
   first = run(x, codes, scales)
   for _ in range(3):
     np.testing.assert_array_equal(run(x, codes, scales), first)
@@ -238,6 +265,21 @@ def test_nonsense_is_a_value_error(change, message):
     matmul(args.pop("x"), args.pop("qweight"), args.pop("scales"), **args)
 
 
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(qweight=jnp.zeros((2, 4, 32, 32), jnp.int16)), r"qweight.shape=\(2, 4, 32, 32\) must be \(2, 2, 32, 32\)"),
+    (dict(meta=jnp.zeros((2, 4, 32, 16), jnp.int16)), r"meta.shape=\(2, 4, 32, 16\) must be \(2, 2, 32, 16\)"),
+    (dict(zeros=jnp.ones((2, 128), BF16)), "bits=4 and zeros=True must be 4 and False where sparse24 is True"),
+  ],
+)
+def test_sparse_nonsense_is_a_value_error(change, message):
+  qweight, meta = layout24.pack_codes(jnp.full((256, 128), 8, jnp.uint8))
+  args = dict(x=jnp.ones((1, 256), BF16), qweight=qweight, meta=meta, scales=jnp.ones((2, 128), BF16)) | change
+  with pytest.raises(ValueError, match=message):
+    matmul(args.pop("x"), args.pop("qweight"), args.pop("scales"), **args)
+
+
 def test_a_named_implementation_is_never_replaced(h200):
   # 96 is a group size that neither divides the kernel's steps nor is a multiple of them.
   args = jnp.ones((1, 192), BF16), jnp.zeros(layout.qweight_shape(192, 64), jnp.int16), jnp.ones((2, 64), BF16)
@@ -259,3 +301,39 @@ def test_dispatch_is_a_table_of_devices():
     choose_implementation(problem(dtype=F32), CUDA)
   with pytest.raises(NotImplementedError, match=r"more than 2\^31 elements"):
     choose_implementation(MatmulProblem(m=1, n=2**17, k=2**17, group_size=128, dtype=BF16), CUDA)
+
+
+def test_sparse_and_dense_weights_never_meet_the_kernel_of_the_other(h200):
+  scales, x = jnp.ones((2, 64), BF16), jnp.ones((1, 256), BF16)
+  qweight, meta = layout24.pack_codes(jnp.full((256, 64), 8, jnp.uint8))
+  for name in ("hopper", "triton"):
+    with pytest.raises(NotImplementedError, match=f"'{name}' does not cover.*it takes dense weights, not 2:4 sparse"):
+      matmul(x, qweight, scales, meta=meta, implementation=name)
+  with pytest.raises(NotImplementedError, match=r"'triton24' does not cover.*it takes 2:4 sparse weights, not dense"):
+    matmul(x, jnp.zeros((1, 4, 32, 32), jnp.int16), scales, implementation="triton24")
+
+
+def test_dispatch_of_sparse_weights_is_a_table_of_devices():
+  problem = functools.partial(MatmulProblem, m=1, n=128, k=512, sparse24=True)
+  assert (
+    choose_implementation(problem(group_size=128, dtype=BF16), dataclasses.replace(CUDA, platform="cpu")) == "reference"
+  )
+  for group_size in (16, 32, 64, 128, 256, 512):
+    assert choose_implementation(problem(group_size=group_size, dtype=F16), CUDA) == "triton24"
+  with pytest.raises(NotImplementedError, match="triton24: x must be bfloat16 or float16, not float32"):
+    choose_implementation(problem(group_size=128, dtype=F32), CUDA)
+  with pytest.raises(NotImplementedError, match="triton24: group_size=192 must divide 128, be a multiple of it, or"):
+    choose_implementation(dataclasses.replace(problem(group_size=128, dtype=BF16), k=384, group_size=192), CUDA)
+  with pytest.raises(NotImplementedError, match=r"triton24: .*more than 2\^31 elements"):
+    choose_implementation(problem(k=2**18, n=2**18, group_size=128, dtype=BF16), CUDA)
+
+
+def test_the_sparse_kernel_is_in_the_program(lower_for_h200):
+  shape = jax.ShapeDtypeStruct
+  words = shape(layout24.qweight_shape(256, 128), jnp.int16), shape(layout24.meta_shape(256, 128), jnp.int16)
+
+  def sparse(x, qweight, meta, scales):
+    return matmul(x, qweight, scales, meta=meta)
+
+  text = lower_for_h200(sparse, shape((16, 256), BF16), *words, shape((2, 128), BF16))
+  assert "__gpu$xla.gpu.triton" in text and "w4a16_sparse24_triton" in text

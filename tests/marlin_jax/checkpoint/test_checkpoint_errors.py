@@ -241,6 +241,13 @@ def quantized(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sparse") / "model"
+  quantize_tensors(SINGLE, folder, QuantSpec(group_size=64, sparse24=True), progress=False)
+  return folder
+
+
 @pytest.mark.parametrize(("damage", "message"), BROKEN_QUANTIZED.values(), ids=BROKEN_QUANTIZED.keys())
 def test_broken_quantized_checkpoints(tmp_path, quantized, damage, message):
   shutil.copytree(quantized, tmp_path, dirs_exist_ok=True)
@@ -251,6 +258,59 @@ def test_broken_quantized_checkpoints(tmp_path, quantized, damage, message):
   rename(tmp_path, {value: key for key, value in short.items()})
   with pytest.raises(CheckpointError, match=message):
     load_model(tmp_path)
+
+
+META = "model.layers.0.mlp.up_proj.meta"
+
+
+def positions(nibble: int):
+  """Change the positions of one quad."""
+
+  def change(tensors):
+    tensors[META].view(np.uint16).flat[7] = tensors[META].view(np.uint16).flat[7] & 0xF0FF | nibble << 8
+
+  return change_tensors(change)
+
+
+BROKEN_SPARSE = {
+  "equal positions": (positions(0b0101), "up_proj.meta must hold two ascending positions for every four weights"),
+  "positions out of order": (positions(0b0001), "up_proj.meta must hold two ascending positions"),
+  "no positions": (
+    change_tensors(lambda tensors: tensors.pop(META)),
+    re.escape("up_proj.meta of shape (4, 2, 32, 16) is missing"),
+  ),
+  "positions of another shape": (
+    change_tensors(lambda tensors: tensors.update({META: tensors[META][:1]})),
+    re.escape("up_proj.meta has shape (1, 2, 32, 16), must have (4, 2, 32, 16)"),
+  ),
+  "positions of another dtype": (
+    change_tensors(lambda tensors: tensors.update({META: tensors[META].astype(np.int32)})),
+    "up_proj.meta is int32, must be int16",
+  ),
+  "dense settings": (quantization(), re.escape("down_proj.qweight has shape (2, 2, 32, 32), must have (2, 4, 32, 32)")),
+  "sparsity that is text": (quantization(sparse24="yes"), "quantization_config: "),
+  "truncated": (truncate("model.safetensors", 200_000), r"model\.safetensors is not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN_SPARSE.values(), ids=BROKEN_SPARSE.keys())
+def test_broken_sparse_checkpoints(tmp_path, sparse, damage, message):
+  shutil.copytree(sparse, tmp_path, dirs_exist_ok=True)
+  load_model(tmp_path)
+  damage(tmp_path)
+  with pytest.raises(CheckpointError, match=message):
+    load_model(tmp_path)
+
+
+def test_a_sparse_checkpoint_of_what_sparse_weights_do_not_have_is_refused(tmp_path, sparse):
+  shutil.copytree(sparse, tmp_path, dirs_exist_ok=True)
+  for change, message in (
+    (dict(act_order=True), "is 2:4 sparse and has act-order, which is not supported"),
+    (dict(bits=8), "sparse24 with bits=8 and symmetric=True is not implemented"),
+  ):
+    quantization(sparse24=True, **change)(tmp_path)
+    with pytest.raises(NotImplementedError, match=message):
+      load_model(tmp_path)
 
 
 def rename(folder: Path, names: dict[str, str]):

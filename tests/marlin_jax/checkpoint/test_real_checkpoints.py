@@ -21,6 +21,7 @@ from marlin_jax.generation.sampling import Sampling
 from marlin_jax.models import unfuse
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import unpack
+from marlin_jax.quantized import SparsePackedTensor
 
 DATA = Path(__file__).parents[2] / "data"
 ROOTS = [DATA, *(parent / "shared" / "checkpoints" for parent in DATA.parents)]
@@ -36,12 +37,17 @@ QUANTIZED = {
   "ct-int8-channel-sym": (8, False, False),
   "marlin-orig-g128": (4, False, False),
   "hqq-int4-g64-axis1": (4, True, False),
+  "ctold-marlin24-int4-g128": (4, False, False),
 }
 ALL = pytest.mark.parametrize("name", QUANTIZED)
 
 
 @pytest.fixture
 def folder(name):
+  return folder_of(name)
+
+
+def folder_of(name):
   for root in ROOTS:
     if (root / name / "config.json").exists():
       return root / name
@@ -78,7 +84,11 @@ def test_the_fields_are_those_that_the_format_needs(name, folder):
 
 @ALL
 def test_logits_and_greedy_tokens_are_the_recorded_ones(folder):
-  model, recorded = model_in(folder), np.load(folder / "logits_fp32_ref.npz")
+  assert_recorded(model_in(folder), folder)
+
+
+def assert_recorded(model, folder):
+  recorded = np.load(folder / "logits_fp32_ref.npz")
   logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(recorded["input_ids"], jnp.int32))
   np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
   rows, length = recorded["input_ids"].shape
@@ -89,6 +99,29 @@ def test_logits_and_greedy_tokens_are_the_recorded_ones(folder):
     for row, tokens in zip(generated, chunk, strict=True):
       row.extend(tokens)
   assert generated == recorded["greedy_ids"][:, length:].tolist()
+
+
+def test_sparse_weights_of_4_bits_stay_sparse():
+  layers = quantized_layers(model_in(folder_of("ctold-marlin24-int4-g128"))).values()
+  assert all(isinstance(layer.packed, SparsePackedTensor) for layer in layers)
+
+
+def test_sparse_floats_are_the_tools_own_weights_logits_and_tokens():
+  folder = folder_of("ctold-sparse24-bitmask")
+  model = load_model(folder, dtype=jnp.float32)
+  assert not quantized_layers(model)
+  hashes = json.loads((folder / "dequant_sha256.json").read_text())
+  kernels = {
+    f"{tensor_name(path)}.weight": layer.kernel[...]
+    for path, layer in nnx.iter_modules(model)
+    if path[-1:] and isinstance(layer, nnx.Linear)
+  }
+  assert len(hashes) == 14 and hashes.keys() < kernels.keys()
+  for name, expected in hashes.items():
+    w = np.ascontiguousarray(np.asarray(kernels[name]).T, "<f4")
+    assert hashlib.sha256(w.tobytes()).hexdigest() == expected, name
+    assert ((w.reshape(w.shape[0], -1, 4) != 0).sum(-1) <= 2).all()
+  assert_recorded(model, folder)
 
 
 @ALL

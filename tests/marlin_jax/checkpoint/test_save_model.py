@@ -19,9 +19,11 @@ from marlin_jax.checkpoint import (
   safetensors_files,
   save_model,
 )
+from marlin_jax.models import fuse, unfuse
 from marlin_jax.nnx import QuantLinear
+from marlin_jax.packing import unpack
 from marlin_jax.quantization import quantize
-from marlin_jax.quantized import QuantSpec
+from marlin_jax.quantized import QuantSpec, SparsePackedTensor
 from marlin_jax.text import generate
 
 DATA = Path(__file__).parents[2] / "data"
@@ -83,7 +85,7 @@ def test_format_and_files(tmp_path):
   assert "model.layers.0.mlp.down_proj.weight" not in tensors and "lm_head.weight" in tensors
   source, config = (json.loads((f / "config.json").read_text()) for f in (DATA / "llama-bf16", tmp_path / "out"))
   expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": None}
-  expected |= {"symmetric": True, "act_order": False}
+  expected |= {"symmetric": True, "sparse24": False, "act_order": False}
   assert config == source | {"quantization_config": expected}
   for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
     assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()
@@ -129,13 +131,40 @@ def test_bits_zeros_and_act_order_of_single_layers_come_back(tmp_path):
   np.testing.assert_array_equal(forward(model, TOKENS), forward(again, TOKENS))
 
 
+@pytest.mark.parametrize("name", ["llama-bf16", "llama3rope-tied-bf16"])
+def test_a_sparse_model_comes_back_from_memory_and_from_the_stream(name, tmp_path):
+  model = quantize(load_model(DATA / name), group_size=64, sparse24=True, progress=False)
+  save_model(fuse(model), tmp_path / "memory")
+  quantize_tensors(DATA / name, tmp_path / "streamed", QuantSpec(group_size=64, sparse24=True), progress=False)
+  assert_same_tensors(tmp_path / "memory", tmp_path / "streamed")
+  settings = json.loads((tmp_path / "memory" / "config.json").read_text())["quantization_config"]
+  assert settings["sparse24"] is True and "layers" not in settings
+  again = load_model(tmp_path / "memory")
+  assert isinstance(again.layers[1].mlp.down_proj.packed, SparsePackedTensor)
+  np.testing.assert_array_equal(forward(unfuse(model), TOKENS), forward(again, TOKENS))
+
+
+def test_sparsity_of_single_layers_comes_back(tmp_path):
+  model = load_model(DATA / "llama-bf16")
+  quantize(model, sparse24=True, predicate=lambda path, layer: path[-1] == "q_proj", progress=False)
+  quantize(model, bits=8, predicate=lambda path, layer: path[-1] == "v_proj", progress=False)
+  quantize(model, predicate=lambda path, layer: "mlp" in path, progress=False)
+  save_model(model, tmp_path / "saved")
+  settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+  assert settings["layers"] == {
+    **{f"model.layers.{i}.self_attn.q_proj": {"sparse24": True} for i in range(2)},
+    **{f"model.layers.{i}.self_attn.v_proj": {"bits": 8} for i in range(2)},
+  }
+  assert_same_state(model, load_model(tmp_path / "saved"))
+
+
 def test_a_column_that_is_one_group_of_the_common_size_is_no_exception(tmp_path):
   # K is 128 everywhere but in down_proj, so most layers have one group of 128.
   quantize_tensors(TIED, tmp_path / "streamed", progress=False)
   save_model(load_model(tmp_path / "streamed"), tmp_path / "saved")
   settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
   expected = {"quant_method": "marlin_jax", "format_version": 1, "bits": 4, "group_size": 128}
-  assert settings == expected | {"symmetric": True, "act_order": False}
+  assert settings == expected | {"symmetric": True, "sparse24": False, "act_order": False}
   assert_same_tensors(tmp_path / "streamed", tmp_path / "saved")
 
 
@@ -258,6 +287,17 @@ def test_compressed_tensors_holds_the_same_weights(tmp_path, spec):
   (group,) = settings["config_groups"].values()
   assert settings["format"] == group["format"] == "pack-quantized" and group["targets"] == ["Linear"]
   assert group["weights"]["strategy"] == ("group" if spec.group_size else "channel")
+
+
+def test_compressed_tensors_holds_a_sparse_weight_with_its_zeros(tmp_path):
+  spec = QuantSpec(group_size=64, sparse24=True)
+  quantize_tensors(TIED, tmp_path / "ours", spec, progress=False)
+  quantize_tensors(TIED, tmp_path / "theirs", spec, format="compressed-tensors", progress=False)
+  ours, theirs = (load_model(tmp_path / name) for name in ("ours", "theirs"))
+  for a, b in zip(ours.layers, theirs.layers, strict=True):
+    for w, dense in ((a.mlp.up_proj.packed, b.mlp.up_proj.packed), (a.mlp.down_proj.packed, b.mlp.down_proj.packed)):
+      np.testing.assert_array_equal(unpack(w).dequantize(), unpack(dense).dequantize())
+      assert dense.meta is None
 
 
 def test_the_head_is_ignored_by_name(tmp_path):

@@ -33,10 +33,10 @@ def model():
   return model
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8])
-def test_a_fused_model_computes_the_same(model, bits):
+@pytest.mark.parametrize("bits, sparse24", [(None, False), (4, False), (8, False), (4, True)])
+def test_a_fused_model_computes_the_same(model, bits, sparse24):
   if bits:
-    quantize(model, bits=bits, group_size=32, progress=False)
+    quantize(model, bits=bits, group_size=32, sparse24=sparse24, progress=False)
   expected = forward(model)
   assert fuse(fuse(model)) is model
   names = {path[-1] for path, child in nnx.iter_modules(model) if isinstance(child, nnx.Linear | QuantLinear)}

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""2:4 sparsity: of every four consecutive k of a column the two weights that matter most are kept, then rounded.
+
+A mask is True where a weight is kept, two of every four:
+
+    magnitude   |w[k, n]|                      the largest weights
+    Wanda       |w[k, n]| * norms[k]           the largest contributions to the outputs, norms[k] = ||x[:, k]||_2
+                                               (Sun et al., arXiv 2306.11695, section 3)
+
+Pruned weights are zero before the scales are searched, so scales fit what is left, and zero is the middle code.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marlin_jax.quantized import QuantizedTensor, QuantSpec
+from marlin_jax.quantizers.rtn import quantize_rtn
+
+
+def mask24(scores: Float[Array, "K N"]) -> Bool[Array, "K N"]:
+  """True at the two largest scores of every four consecutive k; of equal ones the first. jit-able.
+
+  Where K is no multiple of four, the last one, two or three k are a quad of their own.
+  """
+  k, n = scores.shape
+  quads = jnp.pad(scores, ((0, -k % 4), (0, 0)), constant_values=-jnp.inf).reshape(-1, 4, n)
+  rank = jnp.argsort(jnp.argsort(-quads, axis=1, stable=True), axis=1)
+  return (rank < 2).reshape(-1, n)[:k]
+
+
+def magnitude_mask(w: Float[Array, "K N"]) -> Bool[Array, "K N"]:
+  """The two largest |w| of every four."""
+  return mask24(jnp.abs(w))
+
+
+def wanda_mask(w: Float[Array, "K N"], norms: Float[Array, " K"]) -> Bool[Array, "K N"]:
+  """The two largest |w[k, n]| * norms[k] of every four, in float32.
+
+  Args:
+    w: float weights.
+    norms: of each input feature over the tokens of a calibration set, ||x[:, k]||_2; no negative ones.
+  """
+  return mask24(jnp.abs(w.astype(jnp.float32)) * norms.astype(jnp.float32)[:, None])
+
+
+def quantize_sparse24(
+  w: Float[Array, "K N"], spec: QuantSpec, mask: Bool[Array, "K N"] | None = None, *, scale_dtype=None
+) -> QuantizedTensor:
+  """2:4 sparse codes and scales that approximate `w` where the mask is True; pure, jit-able (spec, scale_dtype static).
+
+  Args:
+    w: finite weights, any float dtype.
+    spec: group size; 4 bits and symmetric.
+    mask: what is kept, at most two of every four consecutive k; None is `magnitude_mask(w)`.
+    scale_dtype: of scales, default w's.
+
+  Raises:
+    ValueError: the group size does not divide K, or the spec is not one of 2:4 sparsity.
+  """
+  if not spec.sparse24:
+    raise ValueError(f"spec={spec} must have sparse24=True")
+  kept = magnitude_mask(w) if mask is None else mask
+  return quantize_rtn(jnp.where(kept, w, jnp.zeros_like(w)), spec, scale_dtype=scale_dtype)
