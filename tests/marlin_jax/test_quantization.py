@@ -1,51 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """One word for every method, on a model in memory and on a folder; the maths is tested beside the quantizers."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from marlin_jax import Awq, Gptq, QuantLinear, generate, load_model, quantize, quantize_checkpoint, unpack
+from marlin_jax import (
+  Awq,
+  Gptq,
+  QuantLinear,
+  generate,
+  load_model,
+  quantize,
+  quantize_checkpoint,
+  save_model,
+  unpack,
+)
 
 LLAMA = Path(__file__).parent.parent / "data" / "llama-bf16"
 SEQUENCES = np.random.default_rng(0).integers(0, 512, (4, 32)).tolist()
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 20]
-ALL = {"rtn": None, "hqq": None, "gptq": SEQUENCES, "awq": TEXTS}
+# What `quantize` and `quantize_checkpoint` are asked for.
+ALL = {
+  "rtn": dict(method="rtn"),
+  "hqq": dict(method="hqq"),
+  "gptq": dict(method=Gptq(act_order=True, damping=0.1), calibration=SEQUENCES),
+  "awq": dict(method="awq", calibration=TEXTS, calibration_count=3, calibration_length=32, symmetric=False),
+}
+
+
+@functools.cache
+def in_memory(name):
+  return quantize(load_model(LLAMA), group_size=64, progress=False, **ALL[name])
 
 
 def layers(model):
   return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(method, tmp_path):
-  options = dict(group_size=64, method=method, calibration=ALL[method], progress=False)
-  model = quantize(load_model(LLAMA), **options)
-  quantize_checkpoint(LLAMA, tmp_path / "out", **options)
-  loaded = load_model(tmp_path / "out")
+@pytest.mark.parametrize("name", ALL)
+def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(name, tmp_path):
+  quantize_checkpoint(LLAMA, tmp_path / "out", group_size=64, progress=False, **ALL[name])
+  loaded, model = load_model(tmp_path / "out"), in_memory(name)
   assert len(layers(model)) == len(layers(loaded)) == 14
   for a, b in zip(layers(model), layers(loaded), strict=True):
     np.testing.assert_array_equal(a.qweight[...], b.qweight[...])
     np.testing.assert_array_equal(a.scales[...], b.scales[...])
-    assert (a.zeros is not None) == (b.zeros is not None) == (method == "hqq")
-  assert generate(model, [[1, 2, 3]], max_new_tokens=4) == generate(loaded, [[1, 2, 3]], max_new_tokens=4)
+    assert (a.zeros is not None) == (b.zeros is not None) == (name in ("hqq", "awq"))
+    assert (a.permutation is not None) == (b.permutation is not None) == (name == "gptq")
+  assert len(generate(loaded, [[1, 2, 3]], max_new_tokens=2)[0]) == 2
 
 
-def test_methods_with_settings_of_their_own(tmp_path):
-  model = quantize(load_model(LLAMA), method=Gptq(act_order=True, damping=0.1), calibration=SEQUENCES, progress=False)
-  assert all(layer.permutation is not None for layer in layers(model))
-  asymmetric = quantize(load_model(LLAMA), method=Awq(), calibration=SEQUENCES, symmetric=False, progress=False)
-  assert all(layer.zeros is not None for layer in layers(asymmetric))
-
-
-@pytest.mark.parametrize("method", [Gptq(act_order=True), "awq"])
-def test_what_calibration_made_goes_out_as_compressed_tensors(method, tmp_path):
-  options = dict(method=method, calibration=SEQUENCES, progress=False)
-  quantize_checkpoint(LLAMA, tmp_path / "ours", **options)
-  quantize_checkpoint(LLAMA, tmp_path / "theirs", format="compressed-tensors", **options)
-  for a, b in zip(layers(load_model(tmp_path / "ours")), layers(load_model(tmp_path / "theirs")), strict=True):
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_what_calibration_made_goes_out_as_compressed_tensors(name, tmp_path):
+  save_model(in_memory(name), tmp_path / "theirs", format="compressed-tensors")
+  for a, b in zip(layers(in_memory(name)), layers(load_model(tmp_path / "theirs")), strict=True):
     np.testing.assert_array_equal(unpack(a.packed).dequantize(), unpack(b.packed).dequantize())
 
 
@@ -64,6 +76,18 @@ def test_what_calibration_made_goes_out_as_compressed_tensors(method, tmp_path):
 def test_what_makes_no_sense_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     quantize(load_model(LLAMA), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(method="hqq", symmetric=True), "sparse24 is not implemented for quantize_hqq"),
+    (dict(method="gptq", calibration=SEQUENCES), r"sparse24 is not implemented for Gptq\("),
+  ],
+)
+def test_only_rounding_to_nearest_makes_sparse_weights(options, message):
+  with pytest.raises(NotImplementedError, match=message):
+    quantize(load_model(LLAMA), sparse24=True, progress=False, **options)
 
 
 def test_calibration_needs_a_decoder_and_text_a_tokenizer():

@@ -49,14 +49,15 @@ def sequences(*lengths):
   return [rng.integers(0, 97, length).tolist() for length in lengths]
 
 
-TEXT = sequences(64, 17, 40, 64, 3, 64, 64, 50)
+# All padded to one width, for which a program is compiled.
+TEXT = sequences(64, 33, 40, 64, 64, 64, 64, 50)
 
 
 @pytest.fixture(scope="module")
 def quantized():
   """method -> (its report, the model), each from the same float model."""
   done = {}
-  for name, method in {"gptq": Gptq(), "act-order": Gptq(act_order=True), "awq": Awq()}.items():
+  for name, method in {"gptq": Gptq(), "awq": Awq()}.items():
     model = decoder()
     done[name] = (quantize_calibrated(model, TEXT, method, SPEC), model)
   return done
@@ -67,9 +68,9 @@ def logits(model, tokens):
 
 
 def test_moments_are_sums_over_the_tokens_and_not_over_padding():
-  model = decoder()
+  model, text = decoder(), sequences(64, 17, 3)
   layer, path = model.layers[0], ("attention", "o_proj")
-  inputs = LayerInputs(model, TEXT, jax.devices()[0])
+  inputs = LayerInputs(model, text, jax.devices()[0])
   (moments,) = inputs.moments(layer, [path])
   seen = []
 
@@ -78,12 +79,12 @@ def test_moments_are_sums_over_the_tokens_and_not_over_padding():
     return jnp.zeros_like(x)
 
   layer.attention.o_proj = tap
-  for tokens in TEXT:  # one by one, without padding
+  for tokens in text:  # one by one, without padding
     model(jnp.asarray([tokens]))
   x = np.concatenate(seen)
   np.testing.assert_allclose(moments.gram, x.T @ x, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(moments.magnitude, np.abs(x).sum(0), rtol=1e-4)
-  assert moments.tokens == sum(map(len, TEXT)) == len(x)
+  assert moments.tokens == sum(map(len, text)) == len(x)
 
 
 def test_a_layer_reads_what_the_layers_before_it_give_once_they_are_quantized():
@@ -99,7 +100,7 @@ def test_a_layer_reads_what_the_layers_before_it_give_once_they_are_quantized():
   np.testing.assert_allclose(moments.gram, x.T @ x, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gptq", "act-order", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_all_dense_layers_but_the_head_are_quantized_and_say_their_error(quantized, name):
   report, model = quantized[name]
   parts = [getattr(layer, block) for layer in model.layers for block in ("attention", "mlp")]
@@ -110,7 +111,6 @@ def test_all_dense_layers_but_the_head_are_quantized_and_say_their_error(quantiz
   }
   assert [(layer.path, layer.skipped) for layer in report.skipped] == [(("lm_head",), "the predicate says so")]
   assert all(0 < layer.output_error < 0.05 and layer.note is None for layer in report.quantized)
-  assert all((layer.permutation is not None) == (name == "act-order") for layer in layers)
 
 
 def test_gptq_beats_rounding_to_nearest_on_every_layer_and_at_the_logits(quantized):
@@ -127,7 +127,7 @@ def test_gptq_beats_rounding_to_nearest_on_every_layer_and_at_the_logits(quantiz
         np.asarray(kernel, np.float64)
         for kernel in (
           getattr(getattr(float_model.layers[i], path[0]), path[1]).kernel[...],
-          quantize_rtn_of(rounded.layers[i], path),
+          rounded_weight(rounded.layers[i], path),
         )
       )
       gram = np.asarray(moments.gram, np.float64)
@@ -140,18 +140,23 @@ def test_gptq_beats_rounding_to_nearest_on_every_layer_and_at_the_logits(quantiz
   assert gptq < nearest
 
 
-def quantize_rtn_of(layer, path):
+def rounded_weight(layer, path):
   return unpack(getattr(getattr(layer, path[0]), path[1]).packed).dequantize()
 
 
-def test_awq_beats_rounding_to_nearest_at_the_logits(quantized):
-  _, model = quantized["awq"]
-  rounded = decoder()
+def test_awq_beats_rounding_to_nearest_on_what_the_first_layer_reads(quantized):
+  report, _ = quantized["awq"]
+  awq = {layer.path[2:]: layer.output_error for layer in report.quantized if layer.path[1] == 0}
+  model, rounded = decoder(), decoder()
   convert(rounded, SPEC)
-  held_out = sequences(60, 60)[1]
-  want = logits(decoder(), held_out)
-  awq, nearest = (np.mean((logits(m, held_out) - want) ** 2) for m in (model, rounded))
-  assert awq < nearest
+  nearest = {}
+  moments = LayerInputs(model, TEXT, jax.devices()[0]).moments(model.layers[0], list(awq))
+  for path, of_path in zip(awq, moments, strict=True):
+    w = np.asarray(getattr(getattr(model.layers[0], path[0]), path[1]).kernel[...], np.float64)
+    error, gram = w - np.asarray(rounded_weight(rounded.layers[0], path)), np.asarray(of_path.gram, np.float64)
+    nearest[path] = np.sum(error * (gram @ error)) / np.sum(w * (gram @ w))
+  assert sum(awq.values()) < 0.9 * sum(nearest.values())
+  assert all(awq[path] < 1.02 * nearest[path] for path in awq), (awq, nearest)
 
 
 def test_what_awq_folds_leaves_the_function_as_it_was():
@@ -191,7 +196,7 @@ def test_a_tied_model_has_no_head():
 
 def test_damping_that_was_raised_is_in_the_report():
   model = decoder()
-  report = quantize_calibrated(model, [[5]], Gptq(damping=0.0), SPEC)  # one token: Hessians of rank one
+  report = quantize_calibrated(model, [[5] * 64], Gptq(damping=0.0), SPEC)  # one token: Hessians of rank one
   notes = {layer.note for layer in report.quantized}
   assert notes and all(note.startswith("damping raised from 0 to 0.") for note in notes)
   assert "layers.0.attention.q_proj: damping raised from 0 to 0." in str(report)
