@@ -13,7 +13,7 @@ from marlin_jax.bench.layers import SHAPES as LAYERS
 from marlin_jax.bench.matmul import BATCHES, bench_matmul
 from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
 from marlin_jax.bench.model import bench_model
-from marlin_jax.bench.plot import FIGURES, plot_matmul
+from marlin_jax.bench.plot import FIGURES, plot
 from marlin_jax.bench.quality import GROUP_SIZES, METHODS, bench_quality
 from marlin_jax.bench.shapes import SHAPES as MODELS
 from marlin_jax.bench.shapes import read_shape
@@ -135,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
   _add_calibration(quality, length=512)
   quality.add_argument("--output", type=Path, help="CSV file to write")
   quality.set_defaults(run=_bench_quality)
-  plot = bench.add_parser("plot", help="draw the table of `bench matmul`")
-  plot.add_argument("table", type=Path)
-  plot.add_argument("image", type=Path)
-  plot.add_argument("--kind", choices=tuple(FIGURES), default="speedup")
-  plot.set_defaults(run=lambda arguments: plot_matmul(arguments.table, arguments.image, arguments.kind))
+  drawing = bench.add_parser("plot", help="draw the table of `bench matmul` or `bench quality`")
+  drawing.add_argument("table", type=Path)
+  drawing.add_argument("image", type=Path)
+  drawing.add_argument("--kind", choices=tuple(FIGURES), default="speedup")
+  drawing.set_defaults(run=lambda arguments: plot(arguments.table, arguments.image, arguments.kind))
   return parser
 
 

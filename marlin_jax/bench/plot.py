@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`marlin-jax bench plot`: the table of `bench matmul` as a picture, a panel for every shape."""
+"""`marlin-jax bench plot`: the tables of `bench matmul` and `bench quality` as pictures.
+
+A panel for every shape of weights, or for every number of bits.
+"""
 
 import csv
 from collections import defaultdict
@@ -15,21 +18,29 @@ Row = dict[str, str]
 _NAMES = {"xla_int4": "4 bits, XLA's own"}
 
 
-def plot_matmul(table: Path, image: Path, kind: str = "speedup") -> None:
-  """Draws the CSV of `bench matmul` into the PNG `image`; `kind` is a name of FIGURES."""
+def plot(table: Path, image: Path, kind: str = "speedup") -> None:
+  """Draws the CSV of `bench matmul`, or of `bench quality` for the kind "quality", into the PNG `image`.
+
+  Raises:
+    ValueError: the table is one for another kind of picture.
+  """
   import matplotlib  # a large package, of use only here
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  figure = FIGURES[kind](read_rows(table))
+  rows = read_rows(table)
+  needed = "perplexity" if kind == "quality" else "speedup"
+  if not rows or needed not in rows[0]:
+    raise ValueError(f"{table} has no column {needed}, which a picture of the kind {kind!r} needs")
+  figure = FIGURES[kind](rows)
   image.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(image, dpi=110)
   plt.close(figure)
 
 
 def read_rows(table: Path) -> list[Row]:
-  """The rows of the CSV of `bench matmul`."""
+  """The rows of the CSV of a benchmark."""
   with table.open(newline="") as file:
     return list(csv.DictReader(file))
 
@@ -76,7 +87,28 @@ def roofline_figure(rows: Sequence[Row]) -> Any:
   return _figure(rows, draw, "TFLOP/s")
 
 
-FIGURES = {"speedup": speedup_figure, "roofline": roofline_figure}
+def quality_figure(rows: Sequence[Row]) -> Any:
+  """What quantization costs in perplexity against the bits a weight takes: a line a method, a point a group size."""
+  import matplotlib.pyplot as plt
+
+  quantized = [row for row in rows if row["method"] != "bf16"]
+  of_bits = _by("bits", quantized)
+  figure, panels = plt.subplots(1, len(of_bits), figsize=(4.2 * len(of_bits), 3.2), squeeze=False)
+  for panel, (bits, bits_rows) in zip(panels[0], of_bits.items(), strict=True):
+    for method, of_method in _by("method", bits_rows).items():
+      line = sorted((float(row["bits_per_weight"]), float(row["change_percent"])) for row in of_method)
+      panel.plot(*zip(*line, strict=True), "o-", markersize=3, label=method)
+    panel.axhline(0, color="black", linewidth=0.8, label="bfloat16")
+    panel.set(title=f"{bits} bits", xlabel="bits a weight, with scales and zero points")
+  panels[0][0].set_ylabel("perplexity, % over bfloat16")
+  panels[0][0].legend(frameon=False, fontsize=7)
+  first = quantized[0]
+  figure.suptitle(f"{first['tokens']} held-out tokens, {first['calibration_tokens']} for calibration", fontsize=9)
+  figure.tight_layout()
+  return figure
+
+
+FIGURES = {"speedup": speedup_figure, "roofline": roofline_figure, "quality": quality_figure}
 
 
 def _figure(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row]], None], ylabel: str) -> Any:
