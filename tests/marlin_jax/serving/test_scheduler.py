@@ -14,9 +14,10 @@ from flax import nnx
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.models import Decoder, ModelConfig
-from marlin_jax.serving import engine as engine_module
-from marlin_jax.serving.engine import ServingConfig
-from marlin_jax.serving.scheduler import Draining, GenerationRequest, QueueFull, Scheduler, TokenEvent
+from marlin_jax.serving import programs
+from marlin_jax.serving.engine import Engine, ServingConfig
+from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull
+from marlin_jax.serving.scheduler import Scheduler
 
 MODEL = ModelConfig(
   architecture="LlamaForCausalLM",
@@ -41,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def scheduler(model):
-  scheduler = Scheduler(model, CONFIG)
+  scheduler = Scheduler(Engine(model, CONFIG))
   scheduler.start()
   yield scheduler
   assert scheduler.drain(TIMEOUT)
@@ -52,7 +53,7 @@ class Client:
 
   def __init__(self, scheduler, **request):
     self.events = queue.Queue()
-    self.ticket = scheduler.submit(GenerationRequest(**request), self.events.put)
+    (self.ticket,) = scheduler.submit([GenerationRequest(**request)], lambda _, event: self.events.put(event))
 
   def result(self):
     """(tokens, logprobs, the last event)"""
@@ -134,7 +135,7 @@ def test_a_long_prompt_does_not_stall_the_others(scheduler):
   short.events.get(timeout=TIMEOUT)
   order = []
   long = GenerationRequest(prompt=prompt_of(120), max_new_tokens=1)
-  scheduler.submit(long, lambda event: order.append("long"))
+  scheduler.submit([long], lambda _, event: order.append("long"))
   while "long" not in order:
     event = short.events.get(timeout=TIMEOUT)
     order.append("short")
@@ -152,7 +153,8 @@ def test_cancelling_frees_the_slot_within_a_chunk(scheduler):
   clients[0].ticket.cancel()
   assert clients[0].result()[2].finish_reason == "cancelled"
   assert waiting.result()[2].finish_reason == "length"
-  assert gone.result()[::2] == ([], TokenEvent([], None, "cancelled"))
+  tokens, _, event = gone.result()
+  assert (tokens, event.finish_reason) == ([], "cancelled")
   for client in clients[1:]:
     client.ticket.cancel()
 
@@ -176,26 +178,24 @@ def test_what_cannot_be_served_is_refused_at_once(scheduler, change, message):
 
 
 def test_a_receiver_that_raises_harms_nobody(scheduler):
-  def broken(event):
+  def broken(_, event):
     raise OSError("gone")
 
-  scheduler.submit(GenerationRequest(prompt=(1, 2), max_new_tokens=20), broken)
+  scheduler.submit([GenerationRequest(prompt=(1, 2), max_new_tokens=20)], broken)
   assert Client(scheduler, prompt=(1, 2, 3), max_new_tokens=5).result()[2].finish_reason == "length"
 
 
 def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, monkeypatch):
-  scheduler = Scheduler(
-    model, CONFIG
-  )  # what the programs are compiled for is that of the other scheduler: no compiling
+  scheduler = Scheduler(Engine(model, CONFIG))  # its programs are those of the other scheduler: no compiling
   scheduler.start()
-  healthy, faults = engine_module._decode, iter([True])
+  healthy, faults = programs.decode, iter([True])
 
   def faulty(*arguments, **options):
     if next(faults, False):
       raise RuntimeError("out of memory")
     return healthy(*arguments, **options)
 
-  monkeypatch.setattr(engine_module, "_decode", faulty)
+  monkeypatch.setattr(programs, "decode", faulty)
   first = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8)
   tokens, _, event = first.result()
   assert event.finish_reason == "error" and "RuntimeError: out of memory" in event.error
@@ -206,13 +206,13 @@ def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, monke
 
 
 def test_too_many_faults_in_a_row_end_it(model, monkeypatch):
-  scheduler = Scheduler(model, CONFIG)
+  scheduler = Scheduler(Engine(model, CONFIG))
   scheduler.start()
 
   def faulty(*arguments, **options):
     raise RuntimeError("lost the device")
 
-  monkeypatch.setattr(engine_module, "_decode", faulty)
+  monkeypatch.setattr(programs, "decode", faulty)
   clients = [Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8) for _ in range(20)]
   assert {client.result()[2].finish_reason for client in clients} == {"error"}
   assert not scheduler.ready
@@ -221,7 +221,7 @@ def test_too_many_faults_in_a_row_end_it(model, monkeypatch):
 
 
 def test_the_queue_is_bounded_and_draining_finishes_what_is_in_it(model):
-  scheduler = Scheduler(model, dataclasses.replace(CONFIG, queue_limit=2))
+  scheduler = Scheduler(Engine(model, dataclasses.replace(CONFIG, queue_limit=2)))
   scheduler.start()
   running = []
   for _ in range(CONFIG.slots):
