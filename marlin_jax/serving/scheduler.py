@@ -45,13 +45,13 @@ class Scheduler:
   """Runs requests; `submit` may be called from any thread, and everything on the device happens in one.
 
   Attributes:
-    config: the ServingConfig of the engine.
+    config, vocab_size: of the engine.
     failure: why it has given up, or None.
   """
 
   def __init__(self, engine: Engine, on_failure: Callable[[str], object] = lambda failure: None):
     """`on_failure` is called in the scheduler's thread, with the reason, once it has given up."""
-    self.config = engine.config
+    self.config, self.vocab_size = engine.config, engine.vocab_size
     self.failure: str | None = None
     self._engine, self._on_failure = engine, on_failure
     self._work = threading.Condition()
@@ -79,6 +79,11 @@ class Scheduler:
   def ready(self) -> bool:
     """Whether everything is compiled and requests are taken."""
     return self._compiled.is_set() and not self._stopping
+
+  @property
+  def alive(self) -> bool:
+    """Whether its thread runs."""
+    return self._thread.is_alive()
 
   @property
   def stats(self) -> SchedulerStats:
@@ -153,7 +158,7 @@ class Scheduler:
     self.stop()
 
   def _check(self, request: GenerationRequest) -> None:
-    c, vocab_size = self.config, self._engine.vocab_size
+    c, vocab_size = self.config, self.vocab_size
     length = len(request.prompt) + request.max_new_tokens
     if length > c.context:
       raise ValueError(
