@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-# The character that stands for each byte in a byte-level vocabulary: itself where it is printable, and one of those from
-# U+0100 on, in order, where it is not (Radford et al., Language Models are Unsupervised Multitask Learners, 2.2).
+# The character that stands for each byte in a byte-level vocabulary: itself where it is printable, and one from U+0100
+# on, in order, where it is not (Radford et al., Language Models are Unsupervised Multitask Learners, 2.2).
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
   chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)) - _PRINTABLE))

@@ -6,11 +6,10 @@ Guard (key, errors, count of responses) -> Starlette's router -> Answer: body ->
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
-import logging
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,12 +24,10 @@ from marlin_jax.serving.continuation import Piece
 from marlin_jax.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, parse
 from marlin_jax.serving.responses import ChatFormat, CompletionFormat, usage
 
-_logger = logging.getLogger(__name__)
-
 MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 30.0  # for a body to arrive
 REQUEST_SECONDS = 600.0  # for a request to be answered, its wait in the queue and its reader included
-_FAREWELL_SECONDS = 1.0  # for a reader that is too slow to be told so
+_FAREWELL_SECONDS = 1.0  # for the last event of a stream that is broken off
 
 
 class ClientGone(Exception):
@@ -78,12 +75,12 @@ def create_app(model: ServedModel, *, api_key: str | None = None, request_second
     Route("/v1/completions", Answer(model, CompletionRequest, CompletionFormat, request_seconds), methods=["POST"]),
     Route("/v1/chat/completions", Answer(model, ChatCompletionRequest, ChatFormat, request_seconds), methods=["POST"]),
   ]
-  handlers: Any = {ApiError: _api_error, HTTPException: _http_error}
+  handlers: Any = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
   return Guard(Starlette(routes=routes, exception_handlers=handlers), model, api_key)
 
 
 class Guard:
-  """Around everything: the API key, a count of the responses, and an answer without a trace for what is our fault."""
+  """Around everything: the API key, and a count of the responses."""
 
   def __init__(self, app: ASGIApp, model: ServedModel, api_key: str | None):
     self._app, self._model = app, model
@@ -92,28 +89,18 @@ class Guard:
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
       raise NotImplementedError(f"the server speaks HTTP only, not {scope['type']}")
-    begun = False
 
     async def counted(message: Message) -> None:
-      nonlocal begun
       if message["type"] == "http.response.start":
-        begun = True
         route = scope["route"].path if "route" in scope else "other"
         self._model.metrics.observe_response(route, message["status"])
       await send(message)
 
-    try:
-      if self._allowed(scope):
-        await self._app(scope, receive, counted)
-      else:
-        error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-        await _error_response(error)(scope, receive, counted)
-    except ClientGone:
-      pass
-    except Exception:
-      _logger.exception("a request failed")
-      if not begun:
-        await _error_response(ApiError(500, "internal error"))(scope, receive, counted)
+    if self._allowed(scope):
+      await self._app(scope, receive, counted)
+    else:
+      error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+      await _error_response(error)(scope, receive, counted)
 
   def _allowed(self, scope: Scope) -> bool:
     if self._authorization is None:
@@ -136,8 +123,12 @@ class Answer:
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     _check_ready(self._model)
-    parsed = parse(self._kind, await _read_body(Request(scope, receive)))
-    writer = _Writer(scope, receive, send)
+    with contextlib.suppress(ClientGone):
+      parsed = parse(self._kind, await _read_body(Request(scope, receive)))
+      await self._run(parsed, receive, _Writer(scope, receive, send))
+
+  async def _run(self, parsed: CompletionRequest | ChatCompletionRequest, receive: Receive, writer: "_Writer") -> None:
+    """Answers, or says why not: by a status, or by an event where the stream has begun."""
     try:
       async with asyncio.timeout(self._seconds):
         await _unless_gone(receive, self._answer(parsed, writer))
@@ -149,14 +140,16 @@ class Answer:
       return
     if not writer.begun:
       raise error
-    async with asyncio.timeout(_FAREWELL_SECONDS):
-      await writer.event(error.body(), more=False)
+    # A reader that is too slow for its own time may be too slow for this.
+    with contextlib.suppress(TimeoutError):
+      async with asyncio.timeout(_FAREWELL_SECONDS):
+        await writer.event(error.body(), more=False)
 
   async def _answer(self, request: CompletionRequest | ChatCompletionRequest, writer: "_Writer") -> None:
     # Templates and tokenizers take milliseconds for a long prompt; the event loop has other clients to serve.
     completion = await asyncio.to_thread(prepare, self._model, request)
     format = self._format(self._model.name, self._model.tokenizer)
-    async with aclosing(completion.pieces()) as pieces:
+    async with contextlib.aclosing(completion.pieces()) as pieces:
       if request.stream:
         with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
         await _stream(completion, pieces, format, with_usage, writer)
@@ -270,3 +263,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
   response = _error_response(ApiError(error.status_code, what.get(error.status_code, error.detail)))
   response.headers.update(error.headers or {})
   return response
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+  # Starlette raises the error again, and uvicorn logs it.
+  return _error_response(ApiError(500, "internal error"))

@@ -112,15 +112,16 @@ class Scheduler:
     for request in requests:
       self._check(request)
     c = self.config
-    if len(requests) > c.queue_limit:
-      raise ValueError(f"{len(requests)} requests at once, must be at most {c.queue_limit}")
+    # A free slot is as good as a place in the queue: the thread hands it out at its next turn.
+    places = c.slots + c.queue_limit
+    if len(requests) > places:
+      raise ValueError(f"{len(requests)} requests at once, must be at most {places}")
     with self._work:
       if self._stopping:
         raise Draining(self.failure or "the server is being stopped")
-      # A free slot is as good as a place in the queue: the thread hands it out at its next turn.
-      waiting = len(self._queue) + len(self._tickets()) - c.slots
-      if waiting + len(requests) > c.queue_limit:
-        raise QueueFull(f"{max(waiting, 0)} requests wait already, and {c.queue_limit} may")
+      taken = len(self._queue) + len(self._tickets())
+      if taken + len(requests) > places:
+        raise QueueFull(f"{max(taken - c.slots, 0)} requests wait already, and {c.queue_limit} may")
       tickets = [Ticket(request, functools.partial(deliver, i)) for i, request in enumerate(requests)]
       self._queue += tickets
       self._work.notify()
