@@ -68,6 +68,9 @@ def _prompts(value: Any) -> Any:
   return prompts
 
 
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
 class _Strict(BaseModel):
   model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -87,11 +90,7 @@ class _GenerationFields(_Strict):
   temperature: Annotated[float, Field(ge=0, le=2)] | None = None
   top_p: Annotated[float, Field(gt=0, le=1)] | None = None
   seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-  stop: Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None,
-    BeforeValidator(_listed),
-    Field(max_length=MAX_STOP),
-  ] = None
+  stop: Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP)] | None, BeforeValidator(_listed)] = None
   stream: bool | None = None
   stream_options: StreamOptions | None = None
   user: Annotated[str, Field(max_length=256)] | None = None

@@ -246,7 +246,7 @@ def test_what_cannot_be_mended_ends_the_thread_and_everybody_is_told(scripted, m
 def test_start_raises_what_does_not_compile(scripted):
   engine = scripted(SCRIPT, **LIMITS)
   engine.failing.add("compile")
-  with pytest.raises(RuntimeError, match="the model's programs do not compile: RuntimeError: compile failed$"):
+  with pytest.raises(RuntimeError, match=r"the model's programs do not compile: RuntimeError: compile failed$"):
     Scheduler(engine).start()
 
 
