@@ -172,6 +172,9 @@ async def _stream(
     chunk = format.chunk(index, piece, first=index not in begun)
     begun.add(index)
     await writer.event(chunk | {"usage": None} if with_usage else chunk)
+    # Neither a queue that holds something nor a socket with room suspends: the others, and the news that this client
+    # is gone, would wait for all that has piled up.
+    await asyncio.sleep(0)
   if with_usage:
     await writer.event(format.usage_chunk(usage(completion.prompt_tokens, completion.completion_tokens)))
   await writer.event("[DONE]", more=False)

@@ -74,7 +74,7 @@ class Metrics:
     self._prompt_tokens = Counter(_PREFIX + "prompt_tokens", "Tokens of prompts.", registry=registry)
     self._tokens = Counter(_PREFIX + "generation_tokens", "Tokens generated.", registry=registry)
 
-    def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+    def histogram(name: str, help: str, buckets: tuple[float | int, ...]) -> Histogram:
       return Histogram(_PREFIX + name, help, buckets=buckets, registry=registry)
 
     self._queue = histogram("queue_seconds", "From the request's arrival in the queue until it has a slot.", _SECONDS)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from marlin_jax.checkpoint import load_model
 from marlin_jax.checkpoint.folder import find_folder
@@ -75,6 +76,24 @@ def served_model(model: Decoder, name: str, scheduler: Scheduler) -> ServedModel
   )
 
 
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+  """How uvicorn runs the application: what it may hold of each connection, and of how many."""
+  return uvicorn.Config(
+    app,
+    http="h11",
+    loop="asyncio",
+    ws="none",
+    lifespan="off",
+    log_level="warning",
+    access_log=False,
+    server_header=False,
+    h11_max_incomplete_event_size=_MAX_HEADERS,
+    limit_concurrency=_MAX_CONNECTIONS,
+    # The scheduler fails what is in flight after DRAIN_SECONDS, and these answers must go out.
+    timeout_graceful_shutdown=int(DRAIN_SECONDS) + 10,
+  )
+
+
 class _Server(uvicorn.Server):
   """uvicorn's, without its signals: it would end the process by the signal that it was drained for."""
 
@@ -91,22 +110,7 @@ async def _serve(listener: socket.socket, model: Decoder, name: str, api_key: st
     Engine(model, config), on_failure=lambda failure: loop.call_soon_threadsafe(broken.set_result, failure)
   )
   app = create_app(served_model(model, name, scheduler), api_key=api_key)
-  server = _Server(
-    uvicorn.Config(
-      app,
-      http="h11",
-      loop="asyncio",
-      ws="none",
-      lifespan="off",
-      log_level="warning",
-      access_log=False,
-      server_header=False,
-      h11_max_incomplete_event_size=_MAX_HEADERS,
-      limit_concurrency=_MAX_CONNECTIONS,
-      # The scheduler fails what is in flight after DRAIN_SECONDS, and these answers must go out.
-      timeout_graceful_shutdown=int(DRAIN_SECONDS) + 10,
-    )
-  )
+  server = _Server(uvicorn_config(app))
   stopped = asyncio.Event()
   signals = 0
 

@@ -23,6 +23,7 @@ from marlin_jax.serving.http import create_app
 from marlin_jax.serving.metrics import Metrics
 from marlin_jax.serving.programs import Logprobs
 from marlin_jax.serving.scheduler import Scheduler
+from marlin_jax.serving.server import uvicorn_config
 from marlin_jax.tokenizer import Tokenizer
 
 MODEL = ModelConfig(
@@ -162,9 +163,7 @@ def scripted(tokenizer):
 def on_a_port(app):
   """The application behind a port of 127.0.0.1; yields its URL."""
   listener = socket.create_server(("127.0.0.1", 0))
-  server = uvicorn.Server(
-    uvicorn.Config(app, lifespan="off", log_level="error", http="h11", ws="none", loop="asyncio", access_log=False)
-  )
+  server = uvicorn.Server(uvicorn_config(app))
   thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
   thread.start()
   try:
@@ -201,7 +200,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(scheduler, tokenizer, *, chat=True, headers=None, **options):
+def server_of(scheduler, tokenizer, *, chat=True, headers=None, **options):
   """A Server for a scheduler; the model's name is "tiny"."""
   template = ChatTemplate.of_tokenizer(tokenizer) if chat else None
   served = ServedModel(
@@ -219,6 +218,12 @@ def serving(scheduler, tokenizer, *, chat=True, headers=None, **options):
     yield Server(scheduler, tokenizer, url, client)
 
 
+@pytest.fixture(scope="session")
+def serving():
+  """(scheduler, tokenizer, options) -> a context that yields a Server."""
+  return server_of
+
+
 @pytest.fixture
 def serve(tokenizer):
   """(engine or scheduler, options) -> a Server that runs until the test ends."""
@@ -230,6 +235,6 @@ def serve(tokenizer):
         running.start()
         stack.callback(running.drain, 0)
         stack.callback(engine.gate.set)
-      return stack.enter_context(serving(running, tokenizer, **options))
+      return stack.enter_context(server_of(running, tokenizer, **options))
 
     yield start
