@@ -53,9 +53,9 @@ def serve(
   Raises:
     ValueError: an address that cannot be had, or a model without a tokenizer.
   """
-  listener = _bind(host, port)
-  model = load_model(folder)
-  return asyncio.run(_serve(listener, model, find_folder(folder).resolve().name, api_key, config or ServingConfig()))
+  with _bind(host, port) as listener:
+    model = load_model(folder)
+    return asyncio.run(_serve(listener, model, find_folder(folder).resolve().name, api_key, config or ServingConfig()))
 
 
 def served_model(model: Decoder, name: str, scheduler: Scheduler) -> ServedModel:
@@ -84,6 +84,7 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     loop="asyncio",
     ws="none",
     lifespan="off",
+    log_config=None,  # the process's own: uvicorn's would close handlers of others
     log_level="warning",
     access_log=False,
     server_header=False,
@@ -160,13 +161,15 @@ async def _ready(scheduler: Scheduler, began: float) -> None:
 
 def _bind(host: str, port: int) -> socket.socket:
   """A socket that has the address, before a model is loaded for nothing."""
+  if not 0 <= port < 1 << 16:
+    raise ValueError(f"port {port} must be in 0 .. 65535")
   listener = None
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(address)
-  except (OSError, OverflowError) as error:
+  except OSError as error:
     if listener is not None:
       listener.close()
     raise ValueError(f"{host}, port {port}: {error}") from None

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import socket
 import threading
@@ -26,17 +27,18 @@ from marlin_jax.serving.scheduler import Scheduler
 from marlin_jax.serving.server import uvicorn_config
 from marlin_jax.tokenizer import Tokenizer
 
+EOS = (2, *range(300, 307))  # so many that a random model meets one
 MODEL = ModelConfig(
   architecture="LlamaForCausalLM",
   vocab_size=512,
   hidden_size=32,
   intermediate_size=48,
-  num_layers=2,
+  num_layers=1,
   num_heads=4,
   num_kv_heads=2,
   head_dim=8,
   max_position_embeddings=256,
-  eos_token_ids=(2,),
+  eos_token_ids=EOS,
 )
 # All tests on a real model have these shapes: its programs are compiled once a process.
 CONFIG = ServingConfig(slots=4, context=128, chunk=4, prefill_chunk=32, queue_limit=200)
@@ -61,7 +63,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-  model = Decoder(MODEL, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(3))
+  model = Decoder(MODEL, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(5))
   model.tokenizer = tokenizer
   return model
 
@@ -207,7 +209,7 @@ def server_of(scheduler, tokenizer, *, chat=True, headers=None, **options):
     name="tiny",
     tokenizer=tokenizer,
     chat_template=template,
-    eos_token_ids=(2,),
+    eos_token_ids=EOS,
     scheduler=scheduler,
     metrics=Metrics(scheduler),
   )
@@ -238,3 +240,11 @@ def serve(tokenizer):
       return stack.enter_context(server_of(running, tokenizer, **options))
 
     yield start
+
+
+@pytest.fixture
+def quiet():
+  """Faults on purpose need no pages of log."""
+  logging.disable(logging.ERROR)
+  yield
+  logging.disable(logging.NOTSET)

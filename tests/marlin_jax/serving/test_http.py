@@ -7,7 +7,6 @@ The engine writes a script instead of a model's tokens, so that a test decides w
 import asyncio
 import contextlib
 import json
-import logging
 import random
 import re
 import socket
@@ -31,14 +30,6 @@ ROUTES = [
   ("POST", "/v1/chat/completions"),
   ("GET", "/nowhere"),
 ]
-
-
-@pytest.fixture
-def quiet():
-  """Faults on purpose need no pages of log."""
-  logging.disable(logging.ERROR)
-  yield
-  logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

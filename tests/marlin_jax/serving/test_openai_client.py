@@ -31,7 +31,8 @@ def client(server):
 
 
 def complete(client, prompt="Hello", **options):
-  return client.completions.create(**(dict(model="tiny", prompt=prompt, max_tokens=12, temperature=0) | options))
+  asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+  return client.completions.create(**(asked | options))
 
 
 def chat(client, content="Hello", **options):
@@ -91,22 +92,25 @@ def test_streamed_deltas_join_to_the_whole(client, seed):
   assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
 
 
-def test_eos_ends_a_text_and_ignore_eos_does_not(client):
-  ended = [
-    s for s in range(12) if complete(client, temperature=2, seed=s, max_tokens=100).choices[0].finish_reason == "stop"
-  ]
-  assert ended
-  answer = complete(client, temperature=2, seed=ended[0], max_tokens=100, extra_body={"ignore_eos": True})
+def test_eos_ends_a_text_and_ignore_eos_does_not(client, server):
+  """Drawn from an almost even distribution, one of the eight EOS tokens of 512 comes soon in some of the texts."""
+  settings = dict(temperature=2, max_tokens=100)
+  answers = [complete(client, seed=seed, **settings) for seed in range(6)]
+  ended = [seed for seed, answer in enumerate(answers) if answer.choices[0].finish_reason == "stop"]
+  assert ended and all(answers[seed].usage.completion_tokens < 100 for seed in ended)
+  answer = complete(client, seed=ended[0], extra_body={"ignore_eos": True}, **settings)
   assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 100
+  assert answer.choices[0].text.startswith(answers[ended[0]].choices[0].text)
 
 
 def test_a_stop_string_is_not_in_the_text(client):
-  whole = complete(client, max_tokens=60).choices[0].text
+  whole = complete(client, max_tokens=60, extra_body={"ignore_eos": True}).choices[0].text
   stop = whole[len(whole) // 2 :][:3]
-  answer = complete(client, max_tokens=60, stop=stop)
-  assert (answer.choices[0].text, answer.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
-  chunks = list(complete(client, max_tokens=60, stop=[stop], stream=True))
-  assert "".join(chunk.choices[0].text for chunk in chunks) == whole[: whole.index(stop)]
+  before = whole[: whole.index(stop)]
+  settings = dict(max_tokens=60, stop=stop, extra_body={"ignore_eos": True})
+  answer = complete(client, **settings)
+  assert (answer.choices[0].text, answer.choices[0].finish_reason) == (before, "stop")
+  assert "".join(chunk.choices[0].text for chunk in complete(client, stream=True, **settings)) == before
 
 
 def test_choices_draw_with_seeds_of_their_own(client):
@@ -117,25 +121,27 @@ def test_choices_draw_with_seeds_of_their_own(client):
   assert len(unseeded) > 1
 
 
-def test_logprobs_of_a_completion(client, tokenizer):
-  answer = complete(client, logprobs=3, max_tokens=20)
+def test_logprobs_of_a_completion(client):
+  settings = dict(logprobs=3, max_tokens=20, extra_body={"ignore_eos": True})
+  answer = complete(client, **settings)
   said, text = answer.choices[0].logprobs, answer.choices[0].text
   assert len(said.tokens) == len(said.token_logprobs) == len(said.top_logprobs) == len(said.text_offset) == 20
   # Greedy: the chosen token is the most likely one.
   for logprob, top in zip(said.token_logprobs, said.top_logprobs, strict=True):
     assert logprob == max(top.values()) <= 0 and sum(map(math.exp, top.values())) <= 1.001
   assert said.text_offset == sorted(said.text_offset) and said.text_offset[-1] <= len(text)
-  streamed = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, max_tokens=20, stream=True)]
+  streamed = [chunk.choices[0].logprobs for chunk in complete(client, stream=True, **settings)]
   assert [token for part in streamed if part for token in part.tokens] == said.tokens
 
 
 def test_logprobs_of_a_chat(client):
-  content = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+  extra = {"ignore_eos": True}
+  answer = chat(client, logprobs=True, top_logprobs=2, extra_body=extra)
+  content = answer.choices[0].logprobs.content
   assert len(content) == 12 and all(len(entry.top_logprobs) == 2 for entry in content)
   assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in content)
-  text = b"".join(bytes(entry.bytes) for entry in content).decode(errors="replace")
-  assert text == chat(client).choices[0].message.content
-  assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+  assert len({bytes(entry.bytes) for entry in content}) > 3
+  assert chat(client, logprobs=True, extra_body=extra).choices[0].logprobs.content[0].top_logprobs == []
 
 
 @pytest.mark.parametrize(
@@ -176,10 +182,12 @@ def test_everybody_gets_in_a_crowd_what_he_gets_alone_and_nothing_compiles(clien
   ]
   asked = [(prompt, kind) for prompt in PROMPTS for kind in kinds]
   complete(client)
+  start = server.scheduler.stats
   before, cached = len(compilations), programs.decode._cache_size()
   with ThreadPoolExecutor(16) as pool:
     crowd = list(pool.map(lambda pair: complete(client, pair[0], **pair[1]), asked))
-  assert server.scheduler.stats.decoded_rows / server.scheduler.stats.decode_chunks > 1.2
+  stats = server.scheduler.stats
+  assert (stats.decoded_rows - start.decoded_rows) / (stats.decode_chunks - start.decode_chunks) > 1.2
   for (prompt, kind), answer in list(zip(asked, crowd, strict=True))[::3]:
     alone = complete(client, prompt, **kind)
     assert [choice.model_dump() for choice in answer.choices] == [choice.model_dump() for choice in alone.choices]

@@ -58,9 +58,9 @@ def test_tokens_are_those_of_generate(scheduler, model, length, sampling):
   assert (tokens, event.finish_reason, event.error) == (alone(model, prompt, 10, sampling), "length", None)
 
 
-def test_eos_ends_a_request_and_is_its_last_token(scheduler, model):
-  prompt = prompt_of(9)
-  free = alone(model, prompt, 12)
+def test_eos_ends_a_request_and_is_its_last_token(scheduler):
+  prompt = prompt_of(33)
+  free = Client(scheduler, prompt=prompt, max_new_tokens=12).result()[0]
   eos = free[5]
   tokens, _, event = Client(scheduler, prompt=prompt, max_new_tokens=12, eos_token_ids=(eos,)).result()
   assert event.finish_reason == "stop"
