@@ -2,6 +2,7 @@
 """The command line: reads arguments, calls the package, prints errors as one sentence."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
   generate.add_argument("--repetition-penalty", type=float, default=1.0)
   generate.add_argument("--seed", type=int, default=0)
   generate.set_defaults(run=_generate)
+
+  serve = commands.add_parser("serve", help="answer many clients over the OpenAI API")
+  serve.add_argument("model", help="checkpoint folder, float or quantized")
+  serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1 (default) is reached from this machine only")
+  serve.add_argument("--port", type=int, default=8000, help="8000 (default); 0 picks a free one")
+  serve.add_argument("--api-key", help="what clients must send (default: MARLIN_JAX_API_KEY, if it is set)")
+  serve.add_argument("--slots", type=int, default=16, help="requests decoded at the same time (default: 16)")
+  serve.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer together (default: 2048)")
+  serve.add_argument("--queue-limit", type=int, default=64, help="requests that may wait for a slot (default: 64)")
+  serve.set_defaults(run=_serve)
 
   inspect = commands.add_parser("inspect", help="say what a checkpoint holds, without reading its weights")
   inspect.add_argument("model", help="checkpoint folder")
@@ -260,6 +271,18 @@ def _generate(arguments: argparse.Namespace) -> None:
   line = write_continuation(model, arguments.prompt, write, max_new_tokens=arguments.max_new_tokens, sampling=sampling)
   print()
   print(line, file=sys.stderr)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+  try:
+    from marlin_jax.serving.server import ServingConfig, serve
+  except ModuleNotFoundError as error:
+    raise ValueError(f"serve needs {error.name}: pip install 'marlin_jax[serve]' brings all it needs") from None
+  config = ServingConfig(slots=arguments.slots, context=arguments.context, queue_limit=arguments.queue_limit)
+  key = arguments.api_key or os.environ.get("MARLIN_JAX_API_KEY")
+  status = serve(arguments.model, host=arguments.host, port=arguments.port, api_key=key or None, config=config)
+  if status:
+    sys.exit(status)
 
 
 if __name__ == "__main__":

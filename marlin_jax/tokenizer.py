@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, by the `tokenizers` library and the tokenizer.json of a checkpoint."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
+
+# The character that stands for each byte in a byte-level vocabulary: itself where it is printable, and one from U+0100
+# on, in order, where it is not (Radford et al., Language Models are Unsupervised Multitask Learners, 2.2).
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
+  chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)) - _PRINTABLE))
+}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -25,6 +33,8 @@ class Tokenizer:
       raise ValueError(f"tokenizer.json is not a tokenizer that the tokenizers library reads: {error}") from None
     added = self._tokenizer.get_added_tokens_decoder()
     self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+    self._added_ids = frozenset(added)
+    self._byte_level = '"ByteLevel"' in json.dumps(json.loads(files["tokenizer.json"]).get("decoder"))
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
@@ -67,6 +77,24 @@ class Tokenizer:
   def is_byte(self, token: int) -> bool:
     """Whether a token id is a byte-fallback token, <0x00> to <0xFF>: one byte of a character not in the vocabulary."""
     return re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(token) or "") is not None
+
+  def token_bytes(self, token: int) -> bytes:
+    """The bytes that a token stands for within a text, a leading space included; a special token's own spelling."""
+    word = self._tokenizer.id_to_token(token)
+    if word is None:
+      return b""
+    if token in self._added_ids:
+      return word.encode()
+    if self.is_byte(token):
+      return bytes([int(word[3:5], 16)])
+    if self._byte_level:
+      return bytes(_BYTE_OF_CHARACTER[character] for character in word)
+    # Twice in a row, because many decoders drop the space before the first word.
+    return self.decode([token, token])[len(self.decode([token])) :].encode()
+
+  def file(self, name: str) -> str | None:
+    """The content of one of TOKENIZER_FILES, or None if the checkpoint has no such file."""
+    return dict(self._files).get(name)
 
   def stream(self) -> "TextStream":
     """A decoder that takes ids as they come."""

@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots on the device, and the programs that fill them, decode them and free them.
-
-    slot     one row of the key-value cache and of the decode state; free, being filled, or decoding
-    fill     one chunk of one slot's prompt through the model; the last chunk chooses the first token
-    decode   a chunk of steps of all slots at once; free ones run along, and what they compute is thrown away
+"""Slots on the device: rows of the key-value cache and of the decode state; free, being filled, or decoding.
 
 All shapes are fixed by the ServingConfig: chunks of prompts are powers of two up to `prefill_chunk`, and which decode
 program runs depends on what the slots ask for (greedy, drawing, drawing from a part of the vocabulary, the same with
-log-probabilities). `compile` runs each of them once, and after that nothing compiles. A row computes the same whatever
-the other rows hold, because every program has the same shapes whoever is in the slots.
+log-probabilities). `compile` runs each of them once, and after that nothing compiles.
 """
 
 import dataclasses
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Int32
 
-from marlin_jax.generation.loop import Choice, DecodeState, choose
-from marlin_jax.generation.sampling import GREEDY, Sampling, SamplingArrays
-from marlin_jax.generation.weights import Structure, split
+from marlin_jax.generation.loop import DecodeState
+from marlin_jax.generation.sampling import GREEDY, Sampling
+from marlin_jax.generation.weights import split
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import fuse
 from marlin_jax.models.kv_cache import KVCache
+from marlin_jax.serving import programs
+from marlin_jax.serving.programs import Logprobs, Needs, Slots
 
 _SMALLEST_FILL = 16
 
@@ -42,7 +37,7 @@ class ServingConfig:
     queue_limit: requests that wait for a slot; further ones are turned away.
     max_eos: tokens that may end a request.
     max_logprobs: most likely tokens that are reported beside the chosen one.
-    max_faults: failed steps in a row after which the server stops taking requests.
+    max_faults: failed steps without a finished request between them, after which the server stops taking requests.
   """
 
   slots: int = 16
@@ -67,31 +62,6 @@ class ServingConfig:
     return tuple(1 << i for i in range(_SMALLEST_FILL.bit_length() - 1, self.prefill_chunk.bit_length()))
 
 
-class Logprobs(NamedTuple):
-  """Log-probabilities (natural, of the model's own logits) of the chosen tokens and of the most likely ones."""
-
-  chosen: Float32[Array, "..."]
-  top: Float32[Array, "... n"]
-  top_tokens: Int32[Array, "... n"]
-
-
-class Slots(NamedTuple):
-  """The decode state of all slots, and the settings of the request in each: what the programs take and give back."""
-
-  state: DecodeState
-  settings: SamplingArrays
-  eos: Int32[Array, "B E"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
-  """What the slots ask of a decode step; each combination is a program."""
-
-  draws: bool = False
-  cuts: bool = False
-  logprobs: bool = False
-
-
 # Every combination that `Engine.decode` picks from: more than is asked for is harmless, so not all are compiled.
 _PROGRAMS = (Needs(), Needs(draws=True), Needs(draws=True, cuts=True), Needs(draws=True, cuts=True, logprobs=True))
 
@@ -100,22 +70,25 @@ class Engine:
   """The device's side of the server; used by one thread.
 
   Attributes:
-    config: the ServingConfig, its context cut to the model's.
+    config: the ServingConfig, its context cut to the model's, its prefill_chunk to the context.
     vocab_size: of the model.
   """
 
   def __init__(self, model: Decoder, config: ServingConfig):
-    longest = model.config.max_position_embeddings
-    self.config = dataclasses.replace(config, context=min(config.context, longest))
+    context = min(config.context, model.config.max_position_embeddings)
+    # No prompt chunk is wider than the power of two that holds the context.
+    prefill_chunk = min(config.prefill_chunk, max(_SMALLEST_FILL, 1 << (context - 1).bit_length()))
+    self.config = dataclasses.replace(config, context=context, prefill_chunk=prefill_chunk)
     self.vocab_size = model.config.vocab_size
     self._model_config, self._dtype = model.config, model.dtype
     self._structure, self._weights = split(fuse(model))
-    self._programs = (_fill, _decode, _free)
+    self._programs = (programs.fill, programs.decode, programs.free)
     self.reset()
 
   def reset(self) -> None:
-    """Frees all slots, with state of its own: what was there may be lost after a fault."""
+    """Frees all slots, with new state: what was there may be lost after a fault."""
     rows = self.config.slots
+    self._slots: Slots | None = None  # first, because there may be no room for a second cache beside it
     state = DecodeState(
       cache=KVCache.empty(self._model_config, rows, self.config.context, self._dtype),
       token=jnp.zeros(rows, jnp.int32),
@@ -160,7 +133,7 @@ class Engine:
     padded, eos = np.zeros(width, np.int32), np.full(self.config.max_eos, -1, np.int32)
     padded[: len(tokens)], eos[: len(eos_token_ids)] = tokens, eos_token_ids
     settings = dataclasses.replace(sampling.arrays(), cuts=True)
-    self._slots, token, logprobs = _fill(
+    self._slots, token, logprobs = programs.fill(
       self._structure,
       self._weights,
       self._slots,
@@ -182,7 +155,7 @@ class Engine:
       p for p in _PROGRAMS if all(getattr(p, f) >= getattr(needs, f) for f in ("draws", "cuts", "logprobs"))
     )
     top = self.config.max_logprobs if program.logprobs else 0
-    self._slots, tokens, counts, logprobs = _decode(
+    self._slots, tokens, counts, logprobs = programs.decode(
       self._structure, self._weights, self._slots, needs=program, chunk=self.config.chunk, top=top
     )
     return tokens, counts, logprobs
@@ -191,110 +164,4 @@ class Engine:
     """The slots decode no longer."""
     mask = np.zeros(self.config.slots, bool)
     mask[slots] = True
-    self._slots = _free(self._slots, mask)
-
-
-def _logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], top: int) -> Logprobs:
-  logprobs = jax.nn.log_softmax(logits, axis=-1)
-  values, tokens = jax.lax.top_k(logprobs, top)
-  return Logprobs(
-    chosen=jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], top=values, top_tokens=tokens.astype(jnp.int32)
-  )
-
-
-@partial(jax.jit, static_argnames=("structure", "top"), donate_argnames=("slots",))
-def _fill(
-  structure: Structure,
-  weights: list[Array],
-  slots: Slots,
-  slot: Array,
-  tokens: Int32[Array, " T"],
-  start: Array,
-  count: Array,
-  last: Array,
-  seed: Array,
-  settings: SamplingArrays,
-  eos: Int32[Array, " E"],
-  *,
-  top: int,
-) -> tuple[Slots, Int32[Array, ""], Logprobs]:
-  model = structure.merge(weights)
-
-  def row(array: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, slot, 1)
-
-  def put(array: Array, value: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, value.astype(array.dtype), slot, 0)
-
-  state = slots.state
-  # Padding is to the right: no token of the prompt attends to it, and what comes next is written over it.
-  hidden, cache = model.hidden(tokens[None], start[None], jax.tree.map(row, state.cache))
-  logits = model.logits(hidden[:, count - 1])
-  seen = row(state.seen) & (start > 0)
-  inside = jnp.arange(tokens.shape[0]) < count
-  seen = seen.at[0, jnp.where(inside, tokens, seen.shape[1])].set(True, mode="drop")
-  settings_row = jax.tree.map(lambda setting: jnp.asarray(setting)[None], settings)
-  before = DecodeState(
-    cache=cache,
-    token=tokens[count - 1][None],
-    position=(start + count - 1)[None],
-    done=jnp.zeros(1, bool),
-    seen=seen,
-    # As `generate` has it for its first row: the same request gives the same tokens there and here.
-    keys=jax.random.fold_in(jax.random.key(seed), 0)[None],
-  )
-  after = choose(logits, before, Choice(settings=settings_row, eos=eos[None]))
-  after = after._replace(
-    done=after.done | ~last, seen=jnp.where(last, after.seen, seen), cache=jax.tree.map(put, state.cache, after.cache)
-  )
-  keys = jax.random.wrap_key_data(put(jax.random.key_data(state.keys), jax.random.key_data(after.keys)))
-  others = {name: put(getattr(state, name), getattr(after, name)) for name in ("token", "position", "done", "seen")}
-  slots = Slots(
-    state=state._replace(cache=after.cache, keys=keys, **others),
-    settings=jax.tree.map(put, slots.settings, settings_row),
-    eos=put(slots.eos, eos[None]),
-  )
-  logprobs = jax.tree.map(lambda array: array[0], _logprobs(logits, after.token, top))
-  return slots, after.token[0], logprobs
-
-
-@partial(jax.jit, static_argnames=("structure", "needs", "chunk", "top"), donate_argnames=("slots",))
-def _decode(
-  structure: Structure, weights: list[Array], slots: Slots, *, needs: Needs, chunk: int, top: int
-) -> tuple[Slots, Int32[Array, "B chunk"], Int32[Array, " B"], Logprobs | None]:
-  # `generation.loop.decode` with log-probabilities; there is the reason for a loop of known length.
-  model = structure.merge(weights)
-  rows = slots.state.token.shape[0]
-  settings = dataclasses.replace(slots.settings, cuts=needs.cuts) if needs.draws else None
-  choice = Choice(settings=settings, eos=slots.eos)
-
-  def step(i: Int[Array, ""], carry: tuple) -> tuple:
-    state, tokens, counts, logprobs = carry
-    hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
-    logits = model.logits(hidden[:, 0])
-    after = choose(logits, state._replace(cache=cache), choice)
-    if needs.logprobs:
-      logprobs = jax.tree.map(lambda all, one: all.at[:, i].set(one), logprobs, _logprobs(logits, after.token, top))
-    return after, tokens.at[:, i].set(after.token), jnp.where(state.done, counts, counts + 1), logprobs
-
-  empty = None
-  if needs.logprobs:
-    empty = Logprobs(
-      chosen=jnp.zeros((rows, chunk)),
-      top=jnp.zeros((rows, chunk, top)),
-      top_tokens=jnp.zeros((rows, chunk, top), jnp.int32),
-    )
-  start = (slots.state, jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32), empty)
-  state, tokens, counts, logprobs = jax.lax.fori_loop(0, chunk, step, start)
-  # A slot that does not decode stays as it is: its keys and values of these steps will be written over, by the next
-  # chunk of its prompt or by the next request, and the attention of a free slot reads a few keys only.
-  idle = slots.state.done
-  position = jnp.where(idle, slots.state.position, state.position)
-  seen = jnp.where(idle[:, None], slots.state.seen, state.seen)
-  return slots._replace(state=state._replace(position=position, seen=seen)), tokens, counts, logprobs
-
-
-@partial(jax.jit, donate_argnames=("slots",))
-def _free(slots: Slots, mask: Bool[Array, " B"]) -> Slots:
-  state = slots.state
-  return slots._replace(state=state._replace(done=state.done | mask, position=jnp.where(mask, 0, state.position)))
+    self._slots = programs.free(self._slots, mask)

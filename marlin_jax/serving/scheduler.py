@@ -6,188 +6,132 @@
     every turn:  cancelled ones leave, waiting ones enter, fill one chunk, decode one chunk
 
 A step that raises fails the requests that were in the slots, with its message; the device's state is made anew and the
-thread goes on with the queue. After `max_faults` of them in a row it fails what waits, too, and takes no more.
+thread goes on with the queue. After `max_faults` of them without a finished request between them, or when the state
+cannot be made anew, it gives up: what waits fails, too, and it takes no more.
 """
 
 import collections
 import dataclasses
-import itertools
+import functools
 import logging
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from marlin_jax.generation.sampling import Sampling
-from marlin_jax.models.decoder import Decoder
-from marlin_jax.serving.engine import Engine, Logprobs, Needs, ServingConfig
+from marlin_jax.serving.engine import Engine
+from marlin_jax.serving.programs import Logprobs, Needs
+from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull, Ticket, TokenEvent, TokenLogprobs
 
 _logger = logging.getLogger(__name__)
 
-
-class QueueFull(Exception):
-  """As many requests wait as may wait."""
-
-
-class Draining(Exception):
-  """The scheduler takes no more requests: it is being stopped, or has given up after faults."""
+_ABORT_SECONDS = 5.0  # what a chunk on the device may take when everything is being stopped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationRequest:
-  """What is to be generated.
-
-  Attributes:
-    prompt: token ids, at least one.
-    max_new_tokens: how many tokens may come.
-    sampling: how they are chosen; the same request gives the same tokens whatever else runs.
-    eos_token_ids: the first of these ends it, and is the last token.
-    logprobs: how many of the most likely tokens are reported beside each chosen one; None reports nothing.
-  """
-
-  prompt: tuple[int, ...]
-  max_new_tokens: int
-  sampling: Sampling = Sampling()
-  eos_token_ids: tuple[int, ...] = ()
-  logprobs: int | None = None
-
-  def __post_init__(self):
-    if not self.prompt:
-      raise ValueError("prompt is empty: it must hold at least one token")
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-    if self.logprobs is not None and self.logprobs < 0:
-      raise ValueError(f"logprobs={self.logprobs} must be at least 0, or None")
-
-
-class TokenLogprobs(NamedTuple):
-  """Natural logarithms of the probabilities that the model itself gives, before temperature and cuts."""
-
-  logprob: float
-  top_ids: list[int]
-  top_logprobs: list[float]
-
-
-class TokenEvent(NamedTuple):
-  """What a client is told: new tokens, and at last a finish_reason: "stop", "length", "cancelled" or "error"."""
-
-  tokens: list[int]
-  logprobs: list[TokenLogprobs] | None
-  finish_reason: str | None
-  error: str | None = None
-
-
-Deliver = Callable[[TokenEvent], None]
-
-
-class Ticket:
-  """A submitted request.
-
-  Attributes:
-    slot: where it is decoded; None while it waits.
-    filled: tokens of the prompt that are in the slot.
-    emitted: tokens that it has got.
-  """
-
-  def __init__(self, number: int, request: GenerationRequest, deliver: Deliver):
-    self.number, self.request, self.slot, self.filled, self.emitted = number, request, None, 0, 0
-    self._deliver, self._cancelled, self._ended = deliver, threading.Event(), False
-
-  def cancel(self) -> None:
-    """Frees its slot within a chunk; from any thread, any number of times."""
-    self._cancelled.set()
-
-  @property
-  def cancelled(self) -> bool:
-    """Whether `cancel` was called."""
-    return self._cancelled.is_set()
-
-  @property
-  def decoding(self) -> bool:
-    """Whether all of its prompt is in the slot."""
-    return self.filled == len(self.request.prompt)
-
-  def tell(self, event: TokenEvent) -> None:
-    """Hands an event over, nothing after the last one. A receiver that raises is told no more."""
-    if self._ended:
-      return
-    self._ended = event.finish_reason is not None
-    try:
-      self._deliver(event)
-    except Exception:
-      _logger.exception("the receiver of request %d raised", self.number)
-      self._ended = True
-      self.cancel()
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
 class SchedulerStats:
-  """Numbers that only grow, and what is now (queued, slots_used, cache_used)."""
+  """What is now (queued, slots_used, cache_used), and counts since the start."""
 
-  queued: int = 0
-  slots_used: int = 0
-  cache_used: int = 0  # positions that hold a token of a request
-  decode_chunks: int = 0
-  decoded_rows: int = 0  # slots that were decoding, summed over the chunks: over decode_chunks it is the mean batch
-  recompilations: int = 0
-  faults: int = 0
+  queued: int
+  slots_used: int
+  cache_used: int  # positions that hold a token of a request
+  decode_chunks: int
+  decoded_rows: int  # slots that were decoding, summed over the chunks: over decode_chunks it is the mean batch
+  recompilations: int
+  faults: int
 
 
 class Scheduler:
   """Runs requests; `submit` may be called from any thread, and everything on the device happens in one.
 
   Attributes:
-    config: the ServingConfig, its context cut to the model's.
-    stats: SchedulerStats.
-    ready: whether everything is compiled and requests are taken.
+    config, vocab_size: of the engine.
+    failure: why it has given up, or None.
   """
 
-  def __init__(self, model: Decoder, config: ServingConfig):
-    self._engine = Engine(model, config)
-    self.config = self._engine.config
-    self.stats = SchedulerStats()
-    self.ready = False
+  def __init__(self, engine: Engine, on_failure: Callable[[str], object] = lambda failure: None):
+    """`on_failure` is called in the scheduler's thread, with the reason, once it has given up."""
+    self.config, self.vocab_size = engine.config, engine.vocab_size
+    self.failure: str | None = None
+    self._engine, self._on_failure = engine, on_failure
     self._work = threading.Condition()
     self._queue: collections.deque[Ticket] = collections.deque()
     self._slots: list[Ticket | None] = [None] * self.config.slots
-    self._numbers = itertools.count()
-    self._stopping = False
-    self._faults_in_a_row = 0
-    self._compiled = threading.Event()
-    self._failure: Exception | None = None
+    self._filling: collections.deque[Ticket] = collections.deque()  # whose turn it is to have a chunk filled
+    self._leaving: list[int] = []  # slots that still decode on the device, for nobody
+    self._compiled, self._stopping, self._aborting = threading.Event(), False, False
+    self._faults_in_a_row = self._faults = self._decode_chunks = self._decoded_rows = self._recompilations = 0
     self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
-  def start(self) -> None:
-    """Compiles everything, in the thread that will run it, and returns when `ready`.
+  def start(self, *, wait: bool = True) -> None:
+    """Compiles everything, in the thread that will run it, and returns when `ready`, or at once without `wait`.
 
     Raises:
-      RuntimeError: a program does not compile; with its message.
+      RuntimeError: a program does not compile; with its message. Without `wait`, `on_failure` is told.
     """
     self._thread.start()
-    self._compiled.wait()
-    if self._failure is not None:
-      raise RuntimeError(f"the model's programs do not compile: {self._failure}") from self._failure
+    if wait:
+      self._compiled.wait()
+      if self.failure is not None:
+        raise RuntimeError(self.failure)
 
-  def submit(self, request: GenerationRequest, deliver: Deliver) -> Ticket:
-    """Puts a request in the queue; `deliver` is called with its events in the scheduler's thread, and must not block.
+  @property
+  def ready(self) -> bool:
+    """Whether everything is compiled and requests are taken."""
+    return self._compiled.is_set() and not self._stopping
+
+  @property
+  def alive(self) -> bool:
+    """Whether its thread runs."""
+    return self._thread.is_alive()
+
+  @property
+  def stats(self) -> SchedulerStats:
+    """The SchedulerStats of this moment."""
+    tickets = self._tickets()
+    return SchedulerStats(
+      queued=len(self._queue),
+      slots_used=len(tickets),
+      cache_used=sum(ticket.filled + ticket.emitted for ticket in tickets),
+      decode_chunks=self._decode_chunks,
+      decoded_rows=self._decoded_rows,
+      recompilations=self._recompilations,
+      faults=self._faults,
+    )
+
+  def submit(self, requests: Sequence[GenerationRequest], deliver: Callable[[int, TokenEvent], object]) -> list[Ticket]:
+    """Puts requests in the queue, all of them or none; `deliver` is called with the number of one and its next event.
+
+    That happens in the scheduler's thread, so it must not block.
 
     Raises:
       ValueError: a token outside the vocabulary, or more of something than the ServingConfig has room for.
-      QueueFull: as many wait as may wait.
+      QueueFull: too many wait already.
       Draining: no more requests are taken.
     """
-    self._check(request)
+    for request in requests:
+      self._check(request)
+    c = self.config
+    # A free slot is as good as a place in the queue: the thread hands it out at its next turn.
+    places = c.slots + c.queue_limit
+    if len(requests) > places:
+      raise ValueError(f"{len(requests)} requests at once, must be at most {places}")
     with self._work:
       if self._stopping:
-        raise Draining("no more requests are taken")
-      if len(self._queue) >= self.config.queue_limit:
-        raise QueueFull(f"{len(self._queue)} requests wait already")
-      ticket = Ticket(next(self._numbers), request, deliver)
-      self._queue.append(ticket)
-      self.stats.queued = len(self._queue)
+        raise Draining(self.failure or "the server is being stopped")
+      taken = len(self._queue) + len(self._tickets())
+      if taken + len(requests) > places:
+        raise QueueFull(f"{max(taken - c.slots, 0)} requests wait already, and {c.queue_limit} may")
+      tickets = [Ticket(request, functools.partial(deliver, i)) for i, request in enumerate(requests)]
+      self._queue += tickets
       self._work.notify()
-    return ticket
+    return tickets
+
+  def stop(self) -> None:
+    """Takes no more requests; goes on with those it has."""
+    with self._work:
+      self._stopping = True
+      self._work.notify()
 
   def drain(self, timeout: float | int) -> bool:
     """Takes no more requests, finishes those it has, and stops the thread; what is not done in time is failed.
@@ -198,21 +142,24 @@ class Scheduler:
     Returns:
       Whether everything was finished in time.
     """
-    with self._work:
-      self._stopping = True
-      self._work.notify()
-    self.ready = False
+    self.stop()
+    if self._thread.ident is None:
+      self._fail_all("the server was stopped")
+      return True
     self._thread.join(timeout)
-    finished = not self._thread.is_alive()
-    if not finished:
-      for ticket in [*self._tickets(), *self._queue]:
-        ticket.tell(TokenEvent([], None, "error", "the server was stopped"))
-        ticket.cancel()
-      self._thread.join(timeout)
-    return finished
+    if not self._thread.is_alive():
+      return not self._aborting
+    self.abort()
+    self._thread.join(_ABORT_SECONDS)
+    return False
+
+  def abort(self) -> None:
+    """Takes no more requests, and fails those it has within a chunk."""
+    self._aborting = True
+    self.stop()
 
   def _check(self, request: GenerationRequest) -> None:
-    c = self.config
+    c, vocab_size = self.config, self.vocab_size
     length = len(request.prompt) + request.max_new_tokens
     if length > c.context:
       raise ValueError(
@@ -220,8 +167,8 @@ class Scheduler:
         f"which must be at most {c.context}"
       )
     for token in request.prompt:
-      if not 0 <= token < self._engine.vocab_size:
-        raise ValueError(f"the prompt has the token id {token}, which must be in 0 .. {self._engine.vocab_size - 1}")
+      if not 0 <= token < vocab_size:
+        raise ValueError(f"the prompt has the token id {token}, which must be in 0 .. {vocab_size - 1}")
     if len(request.eos_token_ids) > c.max_eos:
       raise ValueError(f"eos_token_ids has {len(request.eos_token_ids)} tokens, must have at most {c.max_eos}")
     if request.logprobs is not None and request.logprobs > c.max_logprobs:
@@ -230,67 +177,81 @@ class Scheduler:
   def _run(self) -> None:
     try:
       self._engine.compile()
-    except Exception as error:
-      self._failure, self._stopping = error, True
+      before = self._engine.compilations
       self._compiled.set()
-      return
-    compiled = self._engine.compilations
-    self.ready = True
-    self._compiled.set()
-    while True:
-      with self._work:
-        while not (self._queue or self._stopping or any(self._slots)):
-          self._work.wait()
-        if self._stopping and not self._queue and not any(self._slots):
-          return
-      try:
-        self._turn()
-        self._faults_in_a_row = 0
-      except Exception as error:
-        self._fault(error)
-      self.stats.recompilations = self._engine.compilations - compiled
+      while self._wait():
+        self._step()
+        self._recompilations = self._engine.compilations - before
+    except Exception as error:
+      _logger.exception("the scheduler ends")
+      what = "the scheduler failed" if self._compiled.is_set() else "the model's programs do not compile"
+      self._give_up(f"{what}: {_one_line(error)}")
+    finally:
+      self._compiled.set()
+
+  def _wait(self) -> bool:
+    """Waits for something to do; whether there will be more."""
+    with self._work:
+      while not (self._queue or self._stopping or any(self._slots)):
+        self._work.wait()
+      if not self._aborting:
+        return bool(self._queue or any(self._slots))
+    self._fail_all("the server was stopped")
+    return False
+
+  def _step(self) -> None:
+    try:
+      self._turn()
+    except Exception as error:
+      self._fault(error)
 
   def _turn(self) -> None:
     for ticket in self._tickets():
       if ticket.cancelled:
-        self._leave(ticket, TokenEvent([], None, "cancelled"))
+        self._leave(ticket, [], None, ticket.cancelled)
+    if self._leaving:
+      self._engine.free(self._leaving)
+      self._leaving = []
     self._enter()
     self._fill()
     if any(ticket.decoding for ticket in self._tickets()):
       self._decode()
-    self.stats.slots_used = len(self._tickets())
-    self.stats.cache_used = sum(ticket.filled + ticket.emitted for ticket in self._tickets())
 
   def _tickets(self) -> list[Ticket]:
     return [ticket for ticket in self._slots if ticket is not None]
 
   def _enter(self) -> None:
-    """Waiting requests take free slots, first come, first served."""
+    """Waiting requests take free slots, first come, first served; cancelled ones give up their place in the queue."""
     with self._work:
+      gone = [ticket for ticket in self._queue if ticket.cancelled]
+      for ticket in gone:
+        self._queue.remove(ticket)
       for slot, holder in enumerate(self._slots):
-        while holder is None and self._queue:
+        if holder is None and self._queue:
           ticket = self._queue.popleft()
-          if ticket.cancelled:
-            ticket.tell(TokenEvent([], None, "cancelled"))
-            continue
-          ticket.slot = slot
-          self._slots[slot] = holder = ticket
-      self.stats.queued = len(self._queue)
+          ticket.enter(slot)
+          self._slots[slot] = ticket
+          self._filling.append(ticket)
+    for ticket in gone:
+      ticket.tell([], finish_reason=ticket.cancelled)
 
-  def _leave(self, ticket: Ticket, event: TokenEvent) -> None:
+  def _leave(self, ticket: Ticket, tokens: list[int], logprobs: list[TokenLogprobs] | None, reason: str) -> None:
     self._slots[ticket.slot] = None
-    self._engine.free([ticket.slot])
-    ticket.tell(event)
+    self._leaving.append(ticket.slot)
+    if not ticket.decoding:
+      self._filling.remove(ticket)
+    ticket.tell(tokens, logprobs, finish_reason=reason)
 
   def _fill(self) -> None:
-    """One chunk of the prompt of the request that has been in a slot longest without being decoded."""
-    waiting = [ticket for ticket in self._tickets() if not ticket.decoding]
-    if not waiting:
+    """One chunk of one prompt; prompts take turns, so that a short one does not wait for the whole of a long one."""
+    if not self._filling:
       return
-    ticket = min(waiting, key=lambda ticket: ticket.number)
+    ticket = self._filling.popleft()
     request, start = ticket.request, ticket.filled
     tokens = list(request.prompt[start : start + self.config.prefill_chunk])
     ticket.filled += len(tokens)
+    if not ticket.decoding:
+      self._filling.append(ticket)
     token, logprobs = self._engine.fill(
       ticket.slot,
       tokens,
@@ -316,8 +277,8 @@ class Scheduler:
     tokens, counts = np.asarray(tokens), np.asarray(counts)
     if logprobs is not None:
       logprobs = Logprobs(*(np.asarray(array) for array in logprobs))
-    self.stats.decode_chunks += 1
-    self.stats.decoded_rows += len(rows)
+    self._decode_chunks += 1
+    self._decoded_rows += len(rows)
     for ticket in rows:
       slot, count = ticket.slot, int(counts[ticket.slot])
       of_tokens = None
@@ -329,12 +290,6 @@ class Scheduler:
     """Hands new tokens to the client, no more than it asked for, and frees the slot after the last."""
     request = ticket.request
     tokens = tokens[: request.max_new_tokens - ticket.emitted]
-    ticket.emitted += len(tokens)
-    reason = None
-    if tokens and tokens[-1] in request.eos_token_ids:
-      reason = "stop"
-    elif ticket.emitted == request.max_new_tokens:
-      reason = "length"
     said = None
     if logprobs is not None:
       said = [
@@ -345,24 +300,46 @@ class Scheduler:
         )
         for l in logprobs[: len(tokens)]
       ]
-    event = TokenEvent(tokens, said, reason)
-    if reason is None:
-      ticket.tell(event)
+    if tokens and tokens[-1] in request.eos_token_ids:
+      reason = "stop"
+    elif ticket.emitted + len(tokens) == request.max_new_tokens:
+      reason = "length"
     else:
-      self._leave(ticket, event)
+      ticket.tell(tokens, said)
+      return
+    self._faults_in_a_row = 0
+    self._leave(ticket, tokens, said, reason)
 
   def _fault(self, error: Exception) -> None:
     _logger.exception("a step failed")
-    self.stats.faults += 1
+    self._faults += 1
     self._faults_in_a_row += 1
     failed, self._slots = self._tickets(), [None] * self.config.slots
-    message = f"a step of the model failed: {type(error).__name__}: {error}"
-    with self._work:
-      if self._faults_in_a_row >= self.config.max_faults:
-        self._stopping, self.ready = True, False
-        failed += self._queue
-        self._queue.clear()
-      self.stats.queued = len(self._queue)
+    self._filling.clear()
+    self._leaving = []
+    message = f"a step of the model failed: {_one_line(error)}"
     for ticket in failed:
-      ticket.tell(TokenEvent([], None, "error", message))
-    self._engine.reset()
+      ticket.tell([], finish_reason="error", error=message)
+    if self._faults_in_a_row >= self.config.max_faults:
+      self._give_up(message)
+    else:
+      self._engine.reset()  # what it raises ends the thread
+
+  def _give_up(self, failure: str) -> None:
+    with self._work:
+      self._stopping, self.failure = True, failure
+    self._fail_all(failure)
+    self._on_failure(failure)
+
+  def _fail_all(self, message: str) -> None:
+    with self._work:
+      failed = [*self._tickets(), *self._queue]
+      self._queue.clear()
+      self._slots = [None] * self.config.slots
+    for ticket in failed:
+      ticket.tell([], finish_reason="error", error=message)
+
+
+def _one_line(error: Exception) -> str:
+  """What clients are told of an error: its kind and its first line, without the pages that a compiler may add."""
+  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

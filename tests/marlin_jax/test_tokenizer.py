@@ -103,3 +103,16 @@ def test_a_missing_or_malformed_file_is_named(tmp_path):
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
     Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, WITH_BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("text", ["a b", "c 🙂 é b", " a a", "日本"])
+def test_the_bytes_of_tokens_join_to_the_text(tokenizer, text):
+  ids = tokenizer.encode(text, add_special_tokens=False)
+  # A word-boundary tokenizer puts a space before the first word.
+  assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip() == text.lstrip()
+
+
+def test_the_bytes_of_special_and_unknown_tokens():
+  assert BYTE_LEVEL.token_bytes(2) == b"</s>" and BYTE_LEVEL.token_bytes(10_000) == b""
+  assert {BYTE_LEVEL.token_bytes(token) for token in range(512)} >= {bytes([byte]) for byte in range(256)}
