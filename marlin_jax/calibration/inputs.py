@@ -59,13 +59,20 @@ class LayerInputs:
     self._batches = [_Batch(embedding[tokens], mask.astype(embedding.dtype)) for tokens, mask in _padded(sequences)]
 
   def moments(self, layer: nnx.Module, readers: Sequence[Path]) -> list[Moments]:
-    """The moments of the input of every dense layer in `readers`, over all sequences."""
+    """The moments of the input of every dense layer in `readers`, over all sequences.
+
+    Raises:
+      ValueError: they are not finite.
+    """
     structure, weights = split(layer)
     weights = jax.device_put(weights, self._device)
     total = None
     for batch in self._batches:
       sums = _moments(structure, weights, *jax.device_put(batch, self._device), self._config, tuple(readers))
       total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    for path, moments in zip(readers, total, strict=True):
+      if not jnp.isfinite(moments.gram).all():
+        raise ValueError(f"what {'.'.join(path)} reads on the calibration text is not finite")
     return total
 
   def advance(self, layer: nnx.Module) -> None:

@@ -73,16 +73,22 @@ def quantize_calibrated(
   parts = [(("layers", i), layer) for i, layer in enumerate(model.layers)]
   head = None if model.config.tie_word_embeddings else _Head(model)
   reports: list[LayerReport] = []
-  for path, layer in tqdm(
-    [*parts, *([] if head is None else [((), head)])], desc="calibrate", unit="layer", disable=not progress
-  ):
+  bar = tqdm([*parts, *([] if head is None else [((), head)])], desc="calibrate", unit="layer", disable=not progress)
+  for path, layer in bar:
+    _move(layer, device)
     reports += _quantize_layer(path, layer, inputs, method, spec, predicate)
     if layer is not head:
       inputs.advance(layer)
+    if memory := device.memory_stats():
+      bar.set_postfix_str(f"{memory['bytes_in_use'] / 1e9:.1f} GB on the device")
   if head is not None:
     model.lm_head = head.lm_head
-  nnx.update(model, jax.device_put(nnx.state(model), device))
+  _move(model, device)
   return Report(tuple(reports))
+
+
+def _move(module: nnx.Module, device: jax.Device) -> None:
+  nnx.update(module, jax.device_put(nnx.state(module), device))
 
 
 def _quantize_layer(path: Path, layer, inputs: LayerInputs, method: Gptq | Awq, spec, predicate) -> list[LayerReport]:

@@ -6,7 +6,7 @@ awq     v -fold-> o, up -fold-> down, norm -fold-> q, k, v, norm -fold-> gate, u
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,9 +88,10 @@ class Gptq:
         )
         damping = float(damping)
         if not np.isfinite(damping):
-          raise ValueError("what it reads on the calibration text is not finite")
+          raise ValueError(f"{path[-1]}: no damping makes what it reads on the calibration text a matrix to invert")
         note = None if np.isclose(damping, self.damping) else f"damping raised from {self.damping:g} to {damping:g}"
-        done.append(_replace(layer, path, tensor, Quantized(path, _error(w, tensor, moments.gram), note)))
+        done.append(Quantized(path, _error(w, tensor, moments.gram), note))
+        _replace(layer, path, tensor)
     return done
 
 
@@ -117,7 +118,8 @@ class Awq:
         continue
       w, gram = linear.kernel[...], grams[path]
       tensor = _quantize_rtn(w, spec, scale_dtype=dtype, importance=jnp.diag(gram))
-      done.append(_replace(layer, path, tensor, Quantized(path, _error(w, tensor, gram), None)))
+      done.append(Quantized(path, _error(w, tensor, gram), None))
+      _replace(layer, path, tensor)
     return done
 
   def _scales(self, layer, readers: Readers, moments: Moments, chosen, spec) -> Float32[Array, " K"]:
@@ -133,11 +135,13 @@ class Awq:
 
 
 _quantize_rtn = jax.jit(quantize_rtn, static_argnames=("spec", "scale_dtype", "search"))
+_pack = jax.jit(pack)
 
 
 @jax.jit
 def _relative_error(w: Array, tensor: QuantizedTensor, gram: Array) -> Array:
-  return output_error(w, tensor.dequantize(), gram) / output_error(w, jnp.zeros_like(w), gram)
+  total = output_error(w, jnp.zeros_like(w), gram)
+  return jnp.where(total > 0, output_error(w, tensor.dequantize(), gram) / total, 0)  # a layer of zeros is exact
 
 
 def _error(w: Array, tensor: QuantizedTensor, gram: Array) -> float:
@@ -153,13 +157,9 @@ def _chosen_readers(layer: Any, chosen: Collection[Path]) -> list[Sequence[Path]
   return [of_readers for of_readers in paths if of_readers]
 
 
-def _replace(layer: Any, path: Path, tensor: QuantizedTensor, what: Quantized) -> Quantized:
+def _replace(layer: Any, path: Path, tensor: QuantizedTensor) -> None:
   linear = find(layer, path)
   setattr(find(layer, path[:-1]), path[-1], QuantLinear.from_packed(_pack(tensor), linear.bias, dtype=linear.dtype))
-  return what
-
-
-_pack: Callable[..., Any] = jax.jit(pack)
 
 
 def _widen(linear: nnx.Linear) -> Any:

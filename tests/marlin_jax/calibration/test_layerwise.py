@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ and AWQ on a tiny decoder: every layer, its inputs, what is folded, what is refused."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,3 +240,40 @@ def test_a_model_that_is_quantized_already_is_refused():
 def test_settings_are_checked():
   with pytest.raises(ValueError, match=r"damping=2.0 must be in 0 .. 1"):
     Gptq(damping=2.0)
+
+
+def test_inputs_that_are_not_finite_are_an_error():
+  model = decoder()
+  model.embed.embedding[...] = model.embed.embedding[...].at[5, 0].set(jnp.inf)
+  with pytest.raises(ValueError, match=r"layer layers\.0: what attention\.\w_proj reads .* is not finite"):
+    quantize_calibrated(model, [[5] * 64], Awq(), SPEC)
+
+
+TWO_DEVICES = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp
+from flax import nnx
+from marlin_jax import Awq, Gptq, QuantSpec, generate
+from marlin_jax.calibration import quantize_calibrated
+from marlin_jax.models import Decoder, ModelConfig
+here, elsewhere = jax.devices()
+config = ModelConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1,
+                     head_dim=16, max_position_embeddings=64)
+for method in (Gptq(), Awq()):
+  model = Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
+  nnx.update(model, jax.device_put(nnx.state(model), elsewhere))
+  quantize_calibrated(model, [list(range(16))], method, QuantSpec(group_size=16), device=here)
+  assert {leaf.device for leaf in jax.tree.leaves(nnx.state(model))} == {here}
+  assert len(generate(model, [[1, 2, 3]], max_new_tokens=2)[0]) == 2
+"""
+
+
+def test_a_model_in_host_memory_ends_up_on_the_device_that_calibrates():
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[3])}
+  subprocess.run([sys.executable, "-c", TWO_DEVICES], env=environment, check=True, timeout=300)
