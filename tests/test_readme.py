@@ -41,6 +41,17 @@ def test_commands_run(in_a_copy, capsys):
   assert "56 quantized layers" in capsys.readouterr().out
 
 
+def test_the_command_of_the_server_is_understood(monkeypatch):
+  """It would not end; tests/marlin_jax/serving runs it."""
+  (line,) = re.findall("    (marlin-jax serve .*)", (ROOT / "docs" / "serving.md").read_text())
+  asked = []
+  monkeypatch.setattr("marlin_jax.serving.server.serve", lambda folder, **options: asked.append((folder, options)))
+  assert line.startswith("marlin-jax serve FOLDER") and "`marlin-jax serve FOLDER`" in TEXT
+  assert main(shlex.split(line)[1:]) == 0
+  ((folder, options),) = asked
+  assert (folder, options["host"], options["config"].slots) == ("FOLDER", "127.0.0.1", 16)
+
+
 def test_length_and_links():
   assert TEXT.count("\n") <= 150
   for target in re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -23,6 +24,8 @@ from marlin_jax.serving.completion import Completion, ServedModel, prepare
 from marlin_jax.serving.continuation import Piece
 from marlin_jax.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, parse
 from marlin_jax.serving.responses import ChatFormat, CompletionFormat, usage
+
+_logger = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 30.0  # for a body to arrive
@@ -80,7 +83,7 @@ def create_app(model: ServedModel, *, api_key: str | None = None, request_second
 
 
 class Guard:
-  """Around everything: the API key, and a count of the responses."""
+  """Around everything: the API key, a count of the responses, and the log of what is our own fault."""
 
   def __init__(self, app: ASGIApp, model: ServedModel, api_key: str | None):
     self._app, self._model = app, model
@@ -96,11 +99,15 @@ class Guard:
         self._model.metrics.observe_response(route, message["status"])
       await send(message)
 
-    if self._allowed(scope):
-      await self._app(scope, receive, counted)
-    else:
+    if not self._allowed(scope):
       error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
       await _error_response(error)(scope, receive, counted)
+      return
+    try:
+      await self._app(scope, receive, counted)
+    except Exception:
+      # Starlette has answered by `_internal_error` and raised it again; uvicorn would close the connection over it.
+      _logger.exception("a request failed")
 
   def _allowed(self, scope: Scope) -> bool:
     if self._authorization is None:
@@ -269,5 +276,4 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-  # Starlette raises the error again, and uvicorn logs it.
   return _error_response(ApiError(500, "internal error"))

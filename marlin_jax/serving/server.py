@@ -127,9 +127,11 @@ async def _serve(listener: socket.socket, model: Decoder, name: str, api_key: st
   address = "http://{}:{}".format(*_shown(listener))
   if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
     print("no API key is set: whoever reaches this address is served", file=sys.stderr)
+  serving = asyncio.create_task(server.serve(sockets=[listener]))
+  while not (server.started or serving.done()):
+    await asyncio.sleep(0.01)
   print(f"{name} at {address}, compiling", flush=True)
   began = time.perf_counter()
-  serving = asyncio.create_task(server.serve(sockets=[listener]))
   scheduler.start(wait=False)
   waits = [asyncio.create_task(stopped.wait()), asyncio.create_task(_ready(scheduler, began)), serving, broken]
   await asyncio.wait([waits[0], serving, broken], return_when=asyncio.FIRST_COMPLETED)

@@ -202,14 +202,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def server_of(scheduler, tokenizer, *, chat=True, headers=None, **options):
+def server_of(scheduler, tokenizer, *, chat=True, headers=None, eos_token_ids=(2,), **options):
   """A Server for a scheduler; the model's name is "tiny"."""
   template = ChatTemplate.of_tokenizer(tokenizer) if chat else None
   served = ServedModel(
     name="tiny",
     tokenizer=tokenizer,
     chat_template=template,
-    eos_token_ids=EOS,
+    eos_token_ids=eos_token_ids,
     scheduler=scheduler,
     metrics=Metrics(scheduler),
   )

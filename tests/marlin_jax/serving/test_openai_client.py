@@ -2,6 +2,8 @@
 """The `openai` client, unchanged, against a tiny model: what it gets is what `generate` gives, alone and in a crowd."""
 
 import math
+import pathlib
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,6 +14,7 @@ from marlin_jax.serving import programs
 from marlin_jax.text import generate
 
 PROMPTS = ["Hello", "The quick brown fox", "def main():\n", "日本語 🙂", "a" * 60]
+EXAMPLES = pathlib.Path(__file__).parents[3] / "examples"
 compilations = []
 jax.monitoring.register_event_duration_secs_listener(
   lambda event, duration, **_: compilations.append(event) if event.endswith("backend_compile_duration") else None
@@ -19,8 +22,9 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 @pytest.fixture(scope="module")
-def server(scheduler, tokenizer, serving):
-  with serving(scheduler, tokenizer, api_key="key", headers={"authorization": "Bearer key"}) as server:
+def server(scheduler, model, serving):
+  options = {"api_key": "key", "headers": {"authorization": "Bearer key"}}
+  with serving(scheduler, model.tokenizer, eos_token_ids=model.config.eos_token_ids, **options) as server:
     yield server
 
 
@@ -205,3 +209,12 @@ def test_metrics_count_what_was_done(client, server):
   tokens = 2 * answer.usage.prompt_tokens
   assert grown == dict(zip(names, (tokens, 13, 2, 1, 2, 2), strict=True))
   assert server.metric("kv_cache_usage_ratio") == server.metric("slots_used") == 0
+
+
+def test_the_example_talks_to_the_server(server, monkeypatch, capsys):
+  arguments = ["--url", f"{server.url}/v1", "--api-key", "key"]
+  monkeypatch.setattr("sys.argv", ["07_talk_to_the_server.py", *arguments])
+  names = runpy.run_path(str(EXAMPLES / "07_talk_to_the_server.py"), run_name="__main__")
+  printed = capsys.readouterr().out
+  assert "all the same text as before: True" in printed and names["streamed"] in printed
+  assert names["answer"].choices[0].text and names["model"] == "tiny"

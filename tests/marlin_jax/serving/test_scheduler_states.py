@@ -96,10 +96,10 @@ class SchedulerStates(RuleBasedStateMachine):
     assert {id(r.ticket) for r in self.receivers if not r.ticket.ended} <= {id(ticket) for ticket in held}
     for slot, ticket in enumerate(self.scheduler._slots):
       assert ticket is None or ticket.slot == slot
-    # Slots that decode for nobody are about to be freed.
+    # Slots that decode for nobody are about to be freed; after it has given up nobody decodes at all.
     decoding = {slot for slot, at in enumerate(self.engine.next) if at is not None}
     owned = {slot for slot, ticket in enumerate(self.scheduler._slots) if ticket is not None and ticket.decoding}
-    assert decoding <= owned | set(self.scheduler._leaving)
+    assert decoding <= owned | set(self.scheduler._leaving) or self.scheduler.failure
     assert set(map(id, self.scheduler._filling)) == {
       id(ticket) for ticket in self.scheduler._slots if ticket is not None and not ticket.decoding
     }
