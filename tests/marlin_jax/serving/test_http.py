@@ -88,9 +88,12 @@ def test_a_completion_and_its_stream_are_the_same_text(server, script):
   assert (last["choices"], last["usage"], done) == ([], answer["usage"], "[DONE]")
 
 
-def test_a_stop_string_ends_it_frees_the_slot_and_nothing_of_it_gets_out(server):
+def test_a_stop_string_ends_it_frees_the_slot_and_nothing_of_it_gets_out(scripted, serve):
+  engine = scripted(context=4000)
+  engine.seconds = 0.005
+  server = serve(engine)
   for stream in (False, True):
-    response = server.complete(max_tokens=110, stop=["wörld", "never"], stream=stream)
+    response = server.complete(max_tokens=3000, stop=["wörld", "never"], stream=stream)
     if stream:
       choices = [event["choices"][0] for event in events_of(response.text)[:-1]]
       assert choices[-1]["finish_reason"] == "stop"
@@ -100,7 +103,7 @@ def test_a_stop_string_ends_it_frees_the_slot_and_nothing_of_it_gets_out(server)
       text = response.json()["choices"][0]["text"]
     assert text == "The quick fox: héllo 🙂 "
   server.wait_until(lambda stats: stats.slots_used == 0)
-  assert server.scheduler.stats.decode_chunks < 2 * 110 / 4
+  assert server.scheduler.stats.decode_chunks < 3000 / 4
   assert server.client.get("/metrics").text.count('requests_finished_total{reason="stop"} 2.0') == 1
 
 

@@ -5,7 +5,7 @@ import itertools
 import logging
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -24,7 +24,8 @@ class Receiver:
     self.request, self.tokens, self.ends, self.connected, self.ticket = request, [], [], True, None
 
   def deliver(self, event):
-    assert not self.ends, "an event after the end"
+    if self.ends:
+      self.ends.append("an event after the end")  # what is raised here, the scheduler swallows
     if not self.connected:
       self.ends.append("disconnected")
       raise OSError("gone")
@@ -111,7 +112,7 @@ class SchedulerStates(RuleBasedStateMachine):
     for _ in range(200):
       self.step()
     for receiver in self.receivers:
-      assert len(receiver.ends) == 1 or (not receiver.connected and receiver.ticket.ended)
+      assert len(receiver.ends) == 1 and receiver.ticket.ended, receiver.ends
       whole = list(itertools.islice(itertools.cycle(SCRIPT), receiver.request.max_new_tokens))
       if receiver.request.eos_token_ids and EOS in whole:
         whole = whole[: whole.index(EOS) + 1]
@@ -127,7 +128,9 @@ def test_every_request_ends_exactly_once_and_no_slot_has_two_owners(scripted):
     class Machine(SchedulerStates):
       make_engine = staticmethod(lambda: scripted(SCRIPT, **LIMITS))
 
-    Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    Machine.TestCase.settings = settings(
+      max_examples=100, stateful_step_count=40, deadline=None, phases=(Phase.generate,)
+    )
     Machine.TestCase("runTest").runTest()
   finally:
     logging.disable(logging.NOTSET)
