@@ -98,7 +98,10 @@ class Engine:
       keys=jax.random.split(jax.random.key(0), rows),
     )
     settings = jax.tree.map(lambda setting: jnp.full(rows, setting), dataclasses.replace(GREEDY.arrays(), cuts=True))
-    self._slots = Slots(state=state, settings=settings, eos=jnp.full((rows, self.config.max_eos), -1, jnp.int32))
+    eos = jnp.full((rows, self.config.max_eos), -1, jnp.int32)
+    # Placed where the weights are, as what the programs give back is: for an array that is not, jit compiles anew.
+    (device,) = self._weights[0].devices()
+    self._slots = jax.device_put(Slots(state=state, settings=settings, eos=eos), device)
 
   def compile(self) -> None:
     """Runs every program once, so that nothing is compiled later; the slots are free afterwards."""

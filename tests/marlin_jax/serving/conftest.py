@@ -10,6 +10,7 @@ import threading
 import time
 
 import httpx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +65,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model(tokenizer):
   model = Decoder(MODEL, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(5))
+  # On a device by name, as `load_model(device=...)` has them: state that is not there would compile everything again.
+  nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
   model.tokenizer = tokenizer
   return model
 

@@ -163,6 +163,7 @@ def test_a_receiver_that_raises_harms_nobody(scheduler):
 def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, config, monkeypatch):
   scheduler = Scheduler(Engine(model, config))  # its programs are those of the other scheduler: no compiling
   scheduler.start()
+  healthy_tokens = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8).result()[0]
   healthy, faults = programs.decode, iter([True])
 
   def faulty(*arguments, **options):
@@ -171,12 +172,13 @@ def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, confi
     return healthy(*arguments, **options)
 
   monkeypatch.setattr(programs, "decode", faulty)
-  first = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8)
-  tokens, _, event = first.result()
+  tokens, _, event = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8).result()
   assert event.finish_reason == "error" and "RuntimeError: out of memory" in event.error
   tokens, _, event = Client(scheduler, prompt=(1, 2, 3), max_new_tokens=8).result()
-  assert (tokens, event.finish_reason) == (alone(model, (1, 2, 3), 8), "length")
+  assert (tokens, event.finish_reason) == (healthy_tokens, "length")
+  assert Client(scheduler, prompt=prompt_of(60), max_new_tokens=8, logprobs=1, sampling=DRAWN).result()[2].error is None
   assert scheduler.stats.faults == 1 and scheduler.ready
+  assert scheduler.stats.recompilations == 0  # the new state is like the old
   assert scheduler.drain(TIMEOUT)
 
 

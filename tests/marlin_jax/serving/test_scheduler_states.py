@@ -128,9 +128,9 @@ def test_every_request_ends_exactly_once_and_no_slot_has_two_owners(scripted):
     class Machine(SchedulerStates):
       make_engine = staticmethod(lambda: scripted(SCRIPT, **LIMITS))
 
-    Machine.TestCase.settings = settings(
-      max_examples=100, stateful_step_count=40, deadline=None, phases=(Phase.generate,)
-    )
+    # No shrinking: a failure is short enough to read, and shrinking takes minutes.
+    options = dict(max_examples=100, stateful_step_count=40, deadline=None, phases=(Phase.generate,))
+    Machine.TestCase.settings = settings(**options)
     Machine.TestCase("runTest").runTest()
   finally:
     logging.disable(logging.NOTSET)
@@ -158,6 +158,17 @@ def test_a_cancelled_request_gives_up_its_place_in_the_queue(scripted):
   scheduler._step()
   assert waiting[1].ended and scheduler.stats.queued == 3
   scheduler.submit([request()], lambda *_: None)
+
+
+def test_one_that_leaves_while_its_prompt_is_filled_is_filled_no_more(scripted):
+  engine = scripted(SCRIPT, **LIMITS)
+  scheduler, tickets, told = events_of(engine, request(prompt=80), request(prompt=3, new=1))
+  scheduler._step()
+  tickets[0].cancel()
+  for _ in range(4):
+    scheduler._step()
+  assert [(i, event.finish_reason) for i, event in told if event.finish_reason] == [(0, "cancelled"), (1, "length")]
+  assert engine.fills == [(0, 0), (1, 0)] and not scheduler._filling
 
 
 def test_free_slots_count_as_places(scripted):
