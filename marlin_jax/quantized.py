@@ -135,8 +135,30 @@ class QuantizedTensor(_CheckedPytree):
     return w if self.permutation is None else jnp.zeros_like(w).at[self.permutation].set(w, unique_indices=True)
 
 
+class _PackedWeight(_CheckedPytree):
+  """What all weights in kernel order are asked for; they have `scales` and `k`."""
+
+  k: int
+  scales: Float[Array, "G N"]
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(K, N), logical."""
+    return self.k, self.scales.shape[1]
+
+  @property
+  def group_size(self) -> int:
+    """Consecutive k that share a scale, pruned ones counted; K itself for one group per column."""
+    return self.k // self.scales.shape[0]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all fields, padding included."""
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedTensor(_CheckedPytree):
+class PackedTensor(_PackedWeight):
   """The weight of a `QuantizedTensor` in the order the kernels read it (pallas_kernels/layout.py).
 
   Attributes:
@@ -166,28 +188,13 @@ class PackedTensor(_CheckedPytree):
       raise ValueError(f"{self.qweight.shape=} must be one of {shapes} for a {self.shape} weight")
 
   @property
-  def shape(self) -> tuple[int, int]:
-    """(K, N), logical."""
-    return self.k, self.scales.shape[1]
-
-  @property
   def bits(self) -> int:
     """Bits of a code, 4 or 8."""
     return self.qweight.shape[2] // 8
 
-  @property
-  def group_size(self) -> int:
-    """Consecutive k that share a scale; K itself for one group per column."""
-    return self.k // self.scales.shape[0]
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of all fields, padding included."""
-    return _nbytes(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparsePackedTensor(_CheckedPytree):
+class SparsePackedTensor(_PackedWeight):
   """A 2:4 sparse weight of 4 bits, symmetric, in the order the kernels read it (pallas_kernels/layout24.py).
 
   Attributes:
@@ -217,24 +224,9 @@ class SparsePackedTensor(_CheckedPytree):
         raise ValueError(f"{name} is {words.dtype} {words.shape}, must be int16 {shape} for a {self.shape} weight")
 
   @property
-  def shape(self) -> tuple[int, int]:
-    """(K, N), logical."""
-    return self.k, self.scales.shape[1]
-
-  @property
   def bits(self) -> int:
     """Bits of a code."""
     return 4
-
-  @property
-  def group_size(self) -> int:
-    """Consecutive k that share a scale, pruned ones counted; K itself for one group per column."""
-    return self.k // self.scales.shape[0]
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of all fields, padding included."""
-    return _nbytes(self)
 
 
 Packed = PackedTensor | SparsePackedTensor
@@ -252,10 +244,6 @@ def packed_of(k: int, arrays: Mapping[str, Array]) -> Packed:
     ValueError: as the type's constructor.
   """
   return (SparsePackedTensor if "meta" in arrays else PackedTensor)(k=k, **arrays)
-
-
-def _nbytes(tensor: Packed) -> int:
-  return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tensor))
 
 
 def _check_scales(scales, k: int, n: int):

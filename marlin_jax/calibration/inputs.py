@@ -50,7 +50,10 @@ class _Batch(NamedTuple):
 
 
 class LayerInputs:
-  """The hidden states of all calibration sequences in front of one layer, and what can be asked of them."""
+  """The hidden states of all calibration sequences in front of one layer, and what can be asked of them.
+
+  The layers that are handed over lie on the device.
+  """
 
   def __init__(self, model: Decoder, sequences: Sequence[Sequence[int]], device):
     """The hidden states in front of the first layer: the embeddings of the sequences, which may differ in length."""
@@ -65,7 +68,6 @@ class LayerInputs:
       ValueError: they are not finite.
     """
     structure, weights = split(layer)
-    weights = jax.device_put(weights, self._device)
     total = None
     for batch in self._batches:
       sums = _moments(structure, weights, *jax.device_put(batch, self._device), self._config, tuple(readers))
@@ -78,7 +80,6 @@ class LayerInputs:
   def advance(self, layer: nnx.Module) -> None:
     """Takes the outputs of `layer` for the inputs of the next one."""
     structure, weights = split(layer)
-    weights = jax.device_put(weights, self._device)
     for i, batch in enumerate(self._batches):
       hidden = _output(structure, weights, jax.device_put(batch.hidden, self._device), self._config)
       self._batches[i] = batch._replace(hidden=np.asarray(hidden))

@@ -77,7 +77,7 @@ class Gptq:
   def quantize(self, layer: Any, inputs: LayerInputs, chosen: Collection[Path], spec: QuantSpec) -> list[Quantized]:
     """Puts QuantLinear layers in the place of the `chosen` dense layers of `layer`."""
     done = []
-    for paths in _chosen_readers(layer, chosen):
+    for paths in _chosen_readers(chosen):
       (moments,) = inputs.moments(layer, paths[:1])
       for path in paths:
         linear = find(layer, path)
@@ -152,7 +152,7 @@ def _has(layer: Any, path: Path) -> bool:
   return all(hasattr(find(layer, path[:i]), path[i]) for i in range(len(path)))
 
 
-def _chosen_readers(layer: Any, chosen: Collection[Path]) -> list[Sequence[Path]]:
+def _chosen_readers(chosen: Collection[Path]) -> list[Sequence[Path]]:
   paths = ([path for path in readers.paths if path in chosen] for readers in _READERS)
   return [of_readers for of_readers in paths if of_readers]
 

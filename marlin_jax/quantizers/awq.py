@@ -4,7 +4,7 @@
     x @ w = (x / s) @ (s w),   s_k = mean|x_k|^a,   a = argmin over 0, 1/20 .. 19/20 of the error of the output
 
 A feature that is scaled by s > 1 is rounded as finely as before, in relation to the group's scale, and its error then
-counts 1 / s (Lin et al., arXiv 2306.00978, section 3.2, equations 4 and 5). What divides x by s costs nothing at run
+counts 1 / s (Lin et al., arXiv 2306.00978, section 3.2). What divides x by s costs nothing at run
 time: it is folded into the layer before (marlin_jax/calibration). The error of the output is computed from H, the sum
 of x x^T over the calibration tokens: |x (w - v)|^2 = sum_n (w_n - v_n)^T H (w_n - v_n).
 """

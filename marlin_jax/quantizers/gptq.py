@@ -5,15 +5,14 @@
 
 With U the upper triangular factor of the inverse, H^-1 = U^T U, rounding row k of w to v leaves e = (w_k - v) / U_kk,
 and every later row j is corrected by w_j -= U_kj e (Frantar et al., arXiv 2210.17323, algorithm 1). Rows are worked
-through in blocks; a block's errors reach the rows beyond it in one product ("lazy batch updates", section 3.3).
+through in blocks; a block's errors reach the rows beyond it in one product ("lazy batch-updates", section 4, step 2).
 
                  block
     rounded   |  k  ->  |  corrected once for all of the block
     ----------+---------+--------------------------------------> K
 
-The grid of a group is searched when its first row is due, on the weights as corrected so far (as the MARLIN paper's
-GPTQ does, arXiv 2408.11743, section 3.5), and weighs the error of row k by 1 / U_kk^2: what is left of it after the
-later rows have made up for what they can (section 3.3 of GPTQ, equation 2).
+The grid of a group is searched when its first row is due, on the weights as corrected so far, and weighs the error of
+row k by 1 / U_kk^2: what is left of it after the later rows have made up for what they can (section 3, equation 2).
 """
 
 import math

@@ -4,7 +4,7 @@
     minimize over the zero point z    sum over the group of |w - s (codes(z) - z)|^p,   p = 0.7
 
 The error e is split off as a variable of its own, and two steps alternate, each in closed form (Badri and Shaji,
-"Half-Quadratic Quantization of Large Machine Learning Models", 2023, equations 4 to 6):
+"Half-Quadratic Quantization of Large Machine Learning Models", 2023):
 
     e = shrink(w - s (codes - z))          shrink(x) = sign(x) max(|x| - |x|^(p - 1) / beta, 0)
     z = mean over the group of  codes - (w - e) / s        with beta growing by 1 % a step
