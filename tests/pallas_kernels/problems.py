@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matmul problems whose right answer is known, exactly where arithmetic allows it."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,3 +92,12 @@ def sparse24_codes(rng, k: int, n: int, density: int | None = 2):
   rank = np.argsort(np.argsort(rng.random((quads, 4, n)), axis=1), axis=1)
   codes = np.where(rank < kept, codes, layout.ZERO_CODE).astype(np.uint8)
   return jnp.asarray(codes.reshape(-1, n)[:k])
+
+
+def assert_lean(text: str, fma: str, blocks: int, dots: int):
+  """Of a kernel's Triton IR: the assembly blocks that decode (one a nibble plane, two a byte plane), the dots."""
+  assert text.count("lop3.b32") == text.count(fma) == blocks
+  assert "sitofp" not in text and "uitofp" not in text  # no slow conversion anywhere
+  results = re.findall(r"tt.dot .*-> (\S+)", text)
+  assert len(results) == dots
+  assert all(result.endswith("xf32>") for result in results)  # never an fp16 accumulator
