@@ -207,7 +207,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _bench_model(arguments: argparse.Namespace) -> None:
   quantized = QuantSpec(group_size=arguments.group_size)
   bench_model(
-    Path(arguments.model).stem,
+    arguments.model if arguments.model in MODELS else Path(arguments.model).stem,  # "qwen2.5-32b" has no suffix
     read_shape(arguments.model),
     [quantized if weights == "4-bit" else None for weights in arguments.weights],
     arguments.batches,

@@ -45,21 +45,20 @@ def random_tensor24(rng, k, n, groups, density=None):
   return QuantizedTensor(codes=sparse24_codes(rng, k, n, density), scales=scales)
 
 
-@settings(deadline=None, max_examples=15)
-@given(
-  k=st.integers(1, 40).map(lambda i: 16 * i),
-  n=st.integers(1, 140),
-  group_size=st.sampled_from([16, 32, 64, 128, None]),
-  density=st.sampled_from([0, 1, 2, None]),
-  seed=st.integers(0, 999),
-)
+_pack24_and_unpack = jax.jit(lambda tensor: unpack(pack24(tensor)))
+
+
+# Few shapes, because each is compiled anew; of one tile, of one more than a tile, and of several.
+@pytest.mark.parametrize("k, n, group_size", [(16, 1, 16), (272, 65, None), (640, 140, 128)])
+@settings(deadline=None, max_examples=6)
+@given(density=st.sampled_from([0, 1, 2, None]), seed=st.integers(0, 999))
 def test_sparse_weights_come_back_bit_for_bit(k, n, group_size, density, seed):
-  groups = 1 if group_size is None or k % group_size else k // group_size
+  groups = 1 if group_size is None else k // group_size
   tensor = random_tensor24(np.random.default_rng(seed), k, n, groups, density)
   packed = pack24(tensor)
   assert packed.shape == (k, n) and packed.group_size == k // groups and packed.bits == 4
   assert_same(unpack(packed), tensor)
-  assert_same(jax.jit(lambda t: unpack(pack24(t)))(tensor), tensor)
+  assert_same(_pack24_and_unpack(tensor), tensor)
 
 
 def test_sparse_weights_take_three_quarters_of_the_bytes(rng):

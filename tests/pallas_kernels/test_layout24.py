@@ -12,8 +12,10 @@ from pallas_kernels import layout, layout24
 from tests.pallas_kernels import problems
 
 
-@settings(deadline=None, max_examples=15)
-@given(k=st.integers(1, 300), n=st.integers(1, 140), density=st.sampled_from([0, 1, 2, None]), seed=st.integers(0, 999))
+# Few shapes, because each is compiled anew: parts of a quad, of a tile, and one more than a tile either way.
+@pytest.mark.parametrize("k, n", [(1, 1), (130, 63), (255, 64), (257, 65)])
+@settings(deadline=None, max_examples=5)
+@given(density=st.sampled_from([0, 1, 2, None]), seed=st.integers(0, 999))
 def test_round_trip_is_exact_for_every_shape_and_every_number_of_kept_codes(k, n, density, seed):
   codes = problems.sparse24_codes(np.random.default_rng(seed), k, n, density)
   qweight, meta = layout24.pack_codes(codes)

@@ -9,19 +9,23 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from marlin_jax import ops
 from marlin_jax.checkpoint import load_model, save_model
 from marlin_jax.checkpoint.huggingface import tensor_name
+from marlin_jax.console import describe_matmuls
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.models import unfuse
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import unpack
 from marlin_jax.quantized import SparsePackedTensor
+from pallas_kernels import matmul
 
 DATA = Path(__file__).parents[2] / "data"
 ROOTS = [DATA, *(parent / "shared" / "checkpoints" for parent in DATA.parents)]
@@ -134,3 +138,34 @@ def test_saved_in_our_format_it_is_the_same_model(folder, tmp_path):
   assert a.keys() == b.keys()
   for path, variable in a.items():
     np.testing.assert_array_equal(variable[...], b[path][...], err_msg=str(path), strict=True)
+
+
+@pytest.mark.gpu
+@ALL
+def test_on_a_gpu_the_kernel_computes_it(folder, monkeypatch):
+  recorded = np.load(folder / "logits_fp32_ref.npz")
+  tokens = jnp.asarray(recorded["input_ids"], jnp.int32)
+
+  def error():
+    model = load_model(folder, dtype=jnp.bfloat16)
+    assert "Pallas kernel" in describe_matmuls(model)
+    jax.clear_caches()
+    logits = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, tokens), np.float32)
+    return np.linalg.norm(logits - recorded["logits"]) / np.linalg.norm(recorded["logits"])
+
+  by_kernel = error()
+  text = list(
+    generate_tokens(
+      load_model(folder, dtype=jnp.bfloat16),
+      recorded["input_ids"].tolist(),
+      max_new_tokens=16,
+      sampling=Sampling(),
+      eos_token_ids=(),
+      chunk=16,
+    )
+  )
+  assert [sum(map(len, row)) for row in zip(*text, strict=True)] == [16] * len(tokens)
+  monkeypatch.setattr(ops, "matmul", functools.partial(matmul, implementation="reference"))
+  by_rounding = error()  # what bfloat16 costs by itself
+  print(f"{folder.name}: relative error of the logits {by_kernel:.2e}, by the reference {by_rounding:.2e}")
+  assert by_kernel < 1.25 * by_rounding < 0.1
