@@ -55,8 +55,15 @@ _pack24_and_unpack = jax.jit(lambda tensor: unpack(pack24(tensor)))
 def test_sparse_weights_come_back_bit_for_bit(k, n, group_size, density, seed):
   groups = 1 if group_size is None else k // group_size
   tensor = random_tensor24(np.random.default_rng(seed), k, n, groups, density)
-  packed = pack24(tensor)
+  packed, back = jax.jit(lambda t: (p := pack24(t), unpack(p)))(tensor)  # one program a shape
   assert packed.shape == (k, n) and packed.group_size == k // groups and packed.bits == 4
+  assert_same(back, tensor)
+
+
+def test_sparse_weights_come_back_without_jit_too(rng):
+  tensor = random_tensor24(rng, 160, 70, 5)
+  packed = pack24(tensor)
+  assert_same(packed, jax.jit(pack24)(tensor))
   assert_same(unpack(packed), tensor)
   assert_same(_pack24_and_unpack(tensor), tensor)
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ on single matrices, against its algorithm written out in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from marlin_jax import QuantSpec, quantize_rtn
 from marlin_jax.quantizers.gptq import inverse_factor, quantize_gptq
+
+rtn = jax.jit(quantize_rtn, static_argnames="spec")  # without jit each call compiles its search anew
 
 
 def correlated(rng, tokens, k):
@@ -57,7 +60,7 @@ def test_outputs_are_better_than_those_of_rounding_to_nearest(rng, bits, group_s
   w, x, gram = problem(rng)
   spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
   natural, ordered = (quantize_gptq(w, gram, spec, act_order=order).tensor for order in (False, True))
-  nearest = output_error(w, quantize_rtn(w, spec), x)
+  nearest = output_error(w, rtn(w, spec), x)
   assert output_error(w, natural, x) < 0.35 * nearest
   assert output_error(w, ordered, x) < 0.25 * nearest
   assert natural.permutation is None and (natural.zeros is None) == symmetric and natural.bits == bits
@@ -66,7 +69,7 @@ def test_outputs_are_better_than_those_of_rounding_to_nearest(rng, bits, group_s
 def test_groups_that_divide_no_block(rng):
   w, x, gram = problem(rng, k=288)
   tensor = quantize_gptq(w, gram, QuantSpec(group_size=144)).tensor  # blocks of 16: they divide 144
-  assert output_error(w, tensor, x) < 0.35 * output_error(w, quantize_rtn(w, QuantSpec(group_size=144)), x)
+  assert output_error(w, tensor, x) < 0.35 * output_error(w, rtn(w, QuantSpec(group_size=144)), x)
 
 
 def test_act_order_takes_the_largest_inputs_first(rng):
@@ -78,9 +81,9 @@ def test_act_order_takes_the_largest_inputs_first(rng):
 
 def test_inputs_that_are_independent_leave_rounding_to_nearest(rng):
   w = jnp.asarray(rng.normal(size=(128, 16)), jnp.float32)
-  gptq, rtn = quantize_gptq(w, jnp.eye(128), QuantSpec(), damping=0.0).tensor, quantize_rtn(w, QuantSpec())
-  np.testing.assert_array_equal(gptq.codes, rtn.codes)
-  np.testing.assert_array_equal(gptq.scales, rtn.scales)
+  gptq, nearest = quantize_gptq(w, jnp.eye(128), QuantSpec(), damping=0.0).tensor, rtn(w, QuantSpec())
+  np.testing.assert_array_equal(gptq.codes, nearest.codes)
+  np.testing.assert_array_equal(gptq.scales, nearest.scales)
 
 
 def test_a_feature_that_was_never_seen_gets_the_zero_code(rng):
@@ -97,7 +100,7 @@ def test_a_singular_hessian_is_repaired_and_said(rng):
   gram = jnp.asarray(x.T @ x)
   tensor, damping = quantize_gptq(w, gram, QuantSpec(), damping=0.0)
   assert 0 < damping <= 1
-  assert output_error(w, tensor, x) < 0.1 * output_error(w, quantize_rtn(w, QuantSpec()), x)
+  assert output_error(w, tensor, x) < 0.1 * output_error(w, rtn(w, QuantSpec()), x)
 
 
 def test_a_hessian_that_is_not_finite_is_not_repaired(rng):
@@ -109,7 +112,7 @@ def test_scales_have_the_dtype_of_the_weight_and_codes_are_the_best_ones_for_the
   w, x, gram = problem(rng)
   tensor = quantize_gptq(w.astype(jnp.bfloat16), gram, QuantSpec()).tensor
   assert tensor.scales.dtype == jnp.bfloat16
-  assert output_error(w, tensor, x) < 0.4 * output_error(w, quantize_rtn(w.astype(jnp.bfloat16), QuantSpec()), x)
+  assert output_error(w, tensor, x) < 0.4 * output_error(w, rtn(w.astype(jnp.bfloat16), QuantSpec()), x)
 
 
 def test_a_k_that_groups_do_not_divide_is_refused():

@@ -12,6 +12,7 @@ from marlin_jax import QuantSpec, pack24, quantize_rtn, unpack
 from marlin_jax.quantizers.sparse24 import magnitude_mask, mask24, quantize_sparse24, wanda_mask
 
 SPEC = QuantSpec(group_size=32, sparse24=True)
+jitted = jax.jit(quantize_sparse24, static_argnames="spec")
 MASKS = list(itertools.combinations(range(4), 2))  # in the order of which ties go to the first
 
 
@@ -31,7 +32,7 @@ def test_the_mask_is_the_best_of_all_six_and_ties_go_to_the_first(quads, n, valu
   rng = np.random.default_rng(seed)
   w = rng.normal(size=(4 * quads, n)) if values is None else rng.integers(-values, values + 1, (4 * quads, n))
   w = np.asarray(w, np.float32)
-  np.testing.assert_array_equal(magnitude_mask(jnp.asarray(w)), brute_force(np.abs(w)))
+  np.testing.assert_array_equal(jax.jit(magnitude_mask)(jnp.asarray(w)), brute_force(np.abs(w)))
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -77,11 +78,13 @@ def test_wanda_keeps_more_of_the_outputs_than_magnitude_where_features_differ(rn
 def test_pruned_weights_are_the_zero_code_and_the_others_are_rounded_with_their_own_scale(rng):
   w = jnp.asarray(rng.normal(size=(128, 24)), jnp.float32)
   mask = np.asarray(magnitude_mask(w))
-  tensor = quantize_sparse24(w, SPEC)
+  tensor = jitted(w, SPEC)
   codes = np.asarray(tensor.codes)
   assert (codes[~mask] == 8).all() and mask.sum() == codes.size // 2
   pruned = jnp.where(mask, w, 0)
-  np.testing.assert_array_equal(codes, quantize_rtn(pruned, QuantSpec(group_size=32)).codes)
+  np.testing.assert_array_equal(
+    codes, jax.jit(quantize_rtn, static_argnames="spec")(pruned, QuantSpec(group_size=32)).codes
+  )
   # Half the weights, the larger half, at half the error a weight and more.
   error = np.linalg.norm(np.asarray(pruned - tensor.dequantize())) / np.linalg.norm(np.asarray(pruned))
   assert 0.02 < error < 0.12
@@ -91,7 +94,7 @@ def test_pruned_weights_are_the_zero_code_and_the_others_are_rounded_with_their_
 def test_a_mask_of_the_caller_s_is_what_is_kept(rng):
   w = jnp.asarray(rng.normal(size=(64, 8)), jnp.bfloat16)
   mask = mask24(jnp.asarray(rng.random((64, 8)), jnp.float32))
-  tensor = jax.jit(quantize_sparse24, static_argnames=("spec",))(w, SPEC, mask)
+  tensor = jitted(w, SPEC, mask)
   assert (np.asarray(tensor.codes)[~np.asarray(mask)] == 8).all()
   assert tensor.scales.dtype == jnp.bfloat16
   pack24(tensor)
