@@ -45,6 +45,12 @@ def random_tensor24(rng, k, n, groups, density=None):
   return QuantizedTensor(codes=sparse24_codes(rng, k, n, density), scales=scales)
 
 
+@jax.jit
+def _pack24_and_unpack(tensor):
+  packed = pack24(tensor)
+  return packed, unpack(packed)
+
+
 # Few shapes, because each is compiled anew; of one tile, of one more than a tile, and of several.
 @pytest.mark.parametrize("k, n, group_size", [(16, 1, 16), (272, 65, None), (640, 140, 128)])
 @settings(deadline=None, max_examples=6)
@@ -52,7 +58,7 @@ def random_tensor24(rng, k, n, groups, density=None):
 def test_sparse_weights_come_back_bit_for_bit(k, n, group_size, density, seed):
   groups = 1 if group_size is None else k // group_size
   tensor = random_tensor24(np.random.default_rng(seed), k, n, groups, density)
-  packed, back = jax.jit(lambda t: (p := pack24(t), unpack(p)))(tensor)  # one program a shape
+  packed, back = _pack24_and_unpack(tensor)
   assert packed.shape == (k, n) and packed.group_size == k // groups and packed.bits == 4
   assert_same(back, tensor)
 

@@ -12,20 +12,20 @@ from pallas_kernels import layout, layout24
 from tests.pallas_kernels import problems
 
 
+@jax.jit
+def _round_trip(codes):
+  qweight, meta = layout24.pack_codes(codes)
+  sound = layout24.meta_is_sound(meta) & ~layout24.surplus(codes).any()
+  return qweight, meta, sound, layout24.unpack_codes(qweight, meta, *codes.shape)
+
+
 # Few shapes, because each is compiled anew: parts of a quad, of a tile, and one more than a tile either way.
 @pytest.mark.parametrize("k, n", [(1, 1), (130, 63), (255, 64), (257, 65)])
 @settings(deadline=None, max_examples=5)
 @given(density=st.sampled_from([0, 1, 2, None]), seed=st.integers(0, 999))
 def test_round_trip_is_exact_for_every_shape_and_every_number_of_kept_codes(k, n, density, seed):
   codes = problems.sparse24_codes(np.random.default_rng(seed), k, n, density)
-
-  @jax.jit  # one program a shape
-  def round_trip(codes):
-    qweight, meta = layout24.pack_codes(codes)
-    sound = layout24.meta_is_sound(meta) & ~layout24.surplus(codes).any()
-    return qweight, meta, sound, layout24.unpack_codes(qweight, meta, k, n)
-
-  qweight, meta, sound, back = round_trip(codes)
+  qweight, meta, sound, back = _round_trip(codes)
   assert qweight.dtype == meta.dtype == jnp.int16
   assert qweight.shape == layout24.qweight_shape(k, n) and meta.shape == layout24.meta_shape(k, n)
   assert sound
