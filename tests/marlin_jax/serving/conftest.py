@@ -85,7 +85,7 @@ class ScriptedEngine(Engine):
 
   Attributes:
     gate: while it is cleared, decode waits.
-    seconds: what a chunk of decode steps takes.
+    seconds: what a chunk of decode steps, or of a prompt, takes.
     failing: names of methods that raise at their next call.
   """
 
@@ -113,6 +113,7 @@ class ScriptedEngine(Engine):
     self.ends = [()] * self.config.slots
 
   def fill(self, slot, tokens, start, *, last, sampling, eos_token_ids):
+    time.sleep(self.seconds)
     self._maybe_fail("fill")
     assert 0 < len(tokens) <= self.config.prefill_chunk
     assert self.next[slot] is None, "the slot decodes still"
