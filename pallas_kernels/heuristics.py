@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layout, layout24
-from pallas_kernels.hopper_matmul import HopperConfig
+from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
 
@@ -54,11 +54,6 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     num_stages = (
       4  # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288; 177.8 against 189.3 at M=256 of 8192 x 28672
     )
-  # 128 rows: scaled weights are the only way to four warpgroups, and the faster one in pairs up to M=128 (29.2 against
-  # 32.5 us at 14336 x 4096); two warpgroups over more rows scale the sums, of twice as long steps (62.9 us).
-  scale_weights = block_m == 128 and not (warpgroups_k == 2 and problem.m > 128 and problem.bits == 4)
-  if block_m == 128 and not scale_weights:
-    block_k *= 2
   block_k = min(block_k * warpgroups_k, 512, k)
   if problem.bits == 8 and block_k > 128 * warpgroups_k:
     block_k //= 2  # the words of a step take as much as with 4 bits
@@ -72,7 +67,12 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     block_k=block_k,
     num_stages=2,
     split_k=split_k,
-    scale_weights=scale_weights,
+    # Of 128 rows, four warpgroups have no registers for a group's sums; two are faster with scaled weights as well,
+    # 29.2 against 32.5 us at M=128 of 14336 x 4096.
+    scale_weights=block_m == 128,
+    # Where 256 columns share the sums: 38.7 against 42.4 us at M=16 of 8192 x 28672. One column tile does not make up
+    # for them, and 64 rows leave no registers.
+    sum_zeros=problem.zeros and problem.bits == 4 and warpgroups_n == 4 and block_m <= 32,
     # Two planes of nibbles, 64 rows' sums and the next tile are more than four warpgroups have registers for.
     decode_ahead=block_k > layout.TILE * warpgroups_k and not (problem.bits == 8 and block_m >= 64),
   )
@@ -104,7 +104,8 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
     # Two partial sums of 64 rows spill in more than two warpgroups.
     choices = [(2, 1), (1, 2)] if problem.group_size < min(layout.TILE, problem.k) else [(4, 1), (3, 1), (2, 1), (1, 2)]
   if block_m == 128:
-    choices = [(4, 1), (3, 1), (1, 2)]
+    # Over 128 rows, four parts of K beside each other instead of two: 44.2 against 61.4 us at M=256 of 14336 x 4096.
+    choices = [(4, 1), (3, 1), (1, 2) if problem.m <= block_m else (1, 4)]
   times = {}
   for warpgroups_n, warpgroups_k in choices:
     blocks = -(-problem.m // block_m) * -(-n // (layout.TILE * warpgroups_n))

@@ -18,6 +18,8 @@ from pallas_kernels import layout
 Layout = plgpu.Layout
 # The 1024 int16 words of a tile, eight for each thread of a warpgroup: one 16-byte load (layout.py).
 WORDS = Layout.WG_STRIDED((8, 128), vec_size=8)
+# What a nibble in the mantissa of a constant is too large by, until it is subtracted.
+RAISED = {jnp.dtype(jnp.bfloat16): 128, jnp.dtype(jnp.float16): 64}
 _SWIZZLE = 128  # bytes; a row of x in shared memory is 64 values of 16 bits
 X_TRANSFORMS = (plgpu.TilingTransform((8, layout.TILE)), plgpu.SwizzleTransform(_SWIZZLE))
 
@@ -37,39 +39,51 @@ def asm_void(text, operands=(), constraints=""):
   llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
 
 
-def _decode_asm(dtype, zero: int) -> str:
-  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - zero) (constants: dequant.py)."""
+def _decode_asm(dtype, zero: int | None) -> str:
+  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - zero) (constants: dequant.py).
+
+  With None they stay raised, by RAISED[dtype].
+  """
+  if zero is None and dtype == jnp.float16:
+    # All in bits 4..7 of the mantissa, where one is a unit: 64 + nibble.
+    return """{ .reg .b32 t0, t2, t3;
+      shl.b32 t0, $4, 4; shr.u32 t2, $4, 4; shr.u32 t3, $4, 8;
+      lop3.b32 $0, t0, 0x00F000F0, 0x54005400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x54005400, 0xEA;
+      lop3.b32 $2, t2, 0x00F000F0, 0x54005400, 0xEA; lop3.b32 $3, t3, 0x00F000F0, 0x54005400, 0xEA; }"""
   if dtype == jnp.bfloat16:
+    subtract = ""
+    if zero is not None:
+      subtract = f"""mov.b32 zero, {pair_literal(128 + zero, dtype)};
+      sub.bf16x2 $0, $0, zero; sub.bf16x2 $1, $1, zero; sub.bf16x2 $2, $2, zero; sub.bf16x2 $3, $3, zero;"""
     # A nibble fits a bf16 mantissa in its lowest four bits only: shift by 4, 8, 12.
     return f"""{{ .reg .b32 t1, t2, t3, zero;
       shr.u32 t1, $4, 4; shr.u32 t2, $4, 8; shr.u32 t3, $4, 12;
       lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, t1, 0x000F000F, 0x43004300, 0xEA;
       lop3.b32 $2, t2, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $3, t3, 0x000F000F, 0x43004300, 0xEA;
-      mov.b32 zero, {_pair(128 + zero, dtype)};
-      sub.bf16x2 $0, $0, zero; sub.bf16x2 $1, $1, zero; sub.bf16x2 $2, $2, zero; sub.bf16x2 $3, $3, zero; }}"""
+      {subtract} }}"""
   # The ten mantissa bits of fp16 hold it in bits 4..7 as well: 1024 + 16 v, then * 1/16 - (64 + zero).
   return f"""{{ .reg .b32 t, zero, sixteenth, zero16;
     shr.u32 t, $4, 8;
     lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
     lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, t, 0x00F000F0, 0x64006400, 0xEA;
-    mov.b32 zero, {_pair(1024 + zero, dtype)}; mov.b32 sixteenth, {_pair(1 / 16, dtype)};
-    mov.b32 zero16, {_pair(-64 - zero, dtype)};
+    mov.b32 zero, {pair_literal(1024 + zero, dtype)}; mov.b32 sixteenth, {pair_literal(1 / 16, dtype)};
+    mov.b32 zero16, {pair_literal(-64 - zero, dtype)};
     sub.f16x2 $0, $0, zero; fma.rn.f16x2 $1, $1, sixteenth, zero16;
     sub.f16x2 $2, $2, zero; fma.rn.f16x2 $3, $3, sixteenth, zero16; }}"""
 
 
-def _pair(value: int | float, dtype) -> str:
+def pair_literal(value: int | float, dtype) -> str:
   """A PTX literal of two 16-bit floats in a register."""
   bits = int(np.asarray(value, dtype).view(np.uint16))
   return f"0x{bits << 16 | bits:08X}"
 
 
-def decode_tile(planes, dtype, *, middle: bool):
+def decode_tile(planes, dtype, *, zero: int | None):
   """The (64 n, 64 k) tile of codes as a wgmma A fragment, exact in bfloat16 and float16.
 
   Args:
     planes: 1024 int16 words of nibbles (layout.py); or two of them, the high and the low nibbles of codes of 8 bits.
-    middle: whether the middle code, 8 or 128, is to be zero; otherwise zero is the code 0.
+    zero: the code that is to be zero, 0 or the middle one; None leaves codes of 4 bits raised by RAISED[dtype].
   """
 
   @plgpu.inline_mgpu(
@@ -87,11 +101,11 @@ def decode_tile(planes, dtype, *, middle: bool):
       text = _decode_asm(dtype, zero)
       return [p for j in range(4) for p in asm([i32] * 4, [vector.extract(vec, [], [j])], text, "=&r,=&r,=&r,=&r,r")]
 
-    pairs = nibbles(planes[0], 8 if middle else 0)
+    pairs = nibbles(planes[0], zero if len(planes) == 1 else zero // 16)
     if len(planes) == 2:
       # code - 128 = 16 (high - 8) + low: every term is an integer of at most 8 bits.
       kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
-      text = f"{{ .reg .b32 sixteen; mov.b32 sixteen, {_pair(16, dtype)}; fma.rn.{kind} $0, $1, sixteen, $2; }}"
+      text = f"{{ .reg .b32 sixteen; mov.b32 sixteen, {pair_literal(16, dtype)}; fma.rn.{kind} $0, $1, sixteen, $2; }}"
       low = nibbles(planes[1], 0)
       pairs = [asm([i32], [h, l], text, "=r,r,r")[0] for h, l in zip(pairs, low, strict=True)]
     registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((layout.TILE, layout.TILE)), dtype=object)

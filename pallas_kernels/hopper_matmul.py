@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mosaic GPU kernel for Hopper: weights as the register operand of wgmma, the batch as its narrow side."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,102 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
-from pallas_kernels.hardware import H200, Device
-from pallas_kernels.hopper_fragments import WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
+from pallas_kernels.hardware import Device
+from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
+from pallas_kernels.hopper_fragments import RAISED, WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
 from pallas_kernels.hopper_reduce import PITCH, store_partial, write_rows
+from pallas_kernels.hopper_row_sums import negative_row_sums
 from pallas_kernels.problem import MatmulProblem
-
-_COPY_REGISTERS = 32
-_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class HopperConfig:
-  """What one program computes, and how.
-
-  Attributes:
-    block_m: rows of x, the N of the matrix instruction.
-    warpgroups_n: columns of a program, in tiles of 64.
-    warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
-    block_k: k per pipeline stage.
-    num_stages: stages in shared memory.
-    split_k: programs that share one output block, a cluster of as many; each sums a run of K.
-    scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
-      64 / block_m of the other way for groups of 128 and saves a second accumulator.
-    decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
-      warpgroup: with one, both fragments would be the same loop-carried registers, and ptxas serialises the kernel
-      (its note C7513).
-  """
-
-  block_m: int
-  warpgroups_n: int
-  warpgroups_k: int = 1
-  block_k: int
-  num_stages: int
-  split_k: int = 1
-  scale_weights: bool = False
-  decode_ahead: bool = True
-
-  def __post_init__(self):
-    for name, allowed in dict(
-      block_m=(8, 16, 32, 64, 128, 256),
-      warpgroups_n=(1, 2, 3, 4),
-      warpgroups_k=(1, 2, 4),
-      block_k=(64, 128, 256, 512),
-      split_k=(1, 2, 4),
-    ).items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
-    if self.compute_warpgroups > 4:
-      raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
-    if self.num_stages < 2:
-      raise ValueError(f"num_stages={self.num_stages} must be at least 2")
-    least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
-    if self.block_k < least:
-      raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
-    if self.num_stages > self.max_stages():
-      raise ValueError(
-        f"num_stages={self.num_stages} of {self} must be at most {self.max_stages()} to fit shared memory"
-      )
-    # Accumulators, two fragments, and what addresses and the loop take.
-    needed = self.block_m // 2 * (1 if self.scale_weights else 2) + 16 * (1 + self.decode_ahead) + 16
-    if needed > self.compute_registers:
-      raise ValueError(f"{self} needs some {needed} registers a thread; {self.compute_registers} can be had")
-
-  @property
-  def compute_warpgroups(self) -> int:
-    """Warpgroups that compute."""
-    return self.warpgroups_n * self.warpgroups_k
-
-  @property
-  def block_n(self) -> int:
-    """Columns of one program."""
-    return layout.TILE * self.warpgroups_n
-
-  @property
-  def reduces(self) -> bool:
-    """Whether a block is a sum over warpgroups or programs."""
-    return self.warpgroups_k * self.split_k > 1
-
-  @property
-  def compute_registers(self) -> int:
-    """Registers of a computing thread.
-
-    A warpgroup that asks for more waits until another one has given enough away: for ever, if the sum over all
-    warpgroups exceeds what the program was launched with, which is the register file divided by its threads and
-    rounded down to a multiple of 8.
-    """
-    warpgroups = self.compute_warpgroups + 1
-    pool = warpgroups * _LAUNCH_REGISTERS[warpgroups]
-    return min(240, (pool - _COPY_REGISTERS) // self.compute_warpgroups // 8 * 8)
-
-  def max_stages(self, groups_per_stage: int = 1, bits: int = 4, zeros: bool = False) -> int:
-    """Stages that fit into shared memory beside the output block and the barriers, with float32 scales."""
-    words = self.block_n * self.block_k * bits // 8
-    stage = words + self.block_m * self.block_k * 2 + groups_per_stage * self.block_n * (6 if zeros else 4)
-    size = 4 if self.reduces else 2
-    y = self.compute_warpgroups * self.block_m * PITCH[size] * size
-    return (H200.shared_memory - y - 2048) // stage
 
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
@@ -137,6 +46,7 @@ def _kernel(*refs, config, problem, k_tiles):
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
 
     copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
+    adding warpgroup        with sum_zeros: wait for `full`, add up the stage's x, arrive on `summed`
     computing warpgroup     wgmma of tile t on 64 columns . x^T   (asynchronous)
       (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
       and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
@@ -146,7 +56,8 @@ def _kernel(*refs, config, problem, k_tiles):
 
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
-  x_gmem, w_gmem, s_gmem, *z_gmem, y_gmem, x_smem, w_smem, s_smem, z_smem, y_smem, full, empty, ready, done = refs
+  x_gmem, w_gmem, s_gmem, *z_gmem, y_gmem, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
+  (x_smem, w_smem, s_smem, z_smem), y_smem = ring
   c = config
   stages, tiles = c.num_stages, c.block_k // layout.TILE
   tiles_each = tiles // c.warpgroups_k
@@ -158,11 +69,12 @@ def _kernel(*refs, config, problem, k_tiles):
   steps = jnp.minimum(steps_each, steps_total - first_step)
   group_size = _group_size(problem, c)
   runs = max(1, c.block_k // group_size)  # scale groups in a step
+  segment = _segment(problem, c)
   dtype = problem.dtype
 
   @pl.when(wg == c.compute_warpgroups)
   def copy():
-    plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+    plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
     @pl.loop(0, steps)
     def _(t):
@@ -188,6 +100,19 @@ def _kernel(*refs, config, problem, k_tiles):
           gmem.at[pl.ds(group, runs), pl.ds(nb * c.block_n, c.block_n)], smem.at[stage], full.at[stage]
         )
 
+  if c.sum_zeros:
+
+    @pl.when(wg == c.compute_warpgroups + 1)
+    def add_up_x():
+      plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
+
+      @pl.loop(0, steps)
+      def _(t):
+        stage = lax.rem(t, stages)
+        plgpu.barrier_wait(full.at[stage])
+        negative_row_sums(x_smem, sums_smem, stage)
+        plgpu.barrier_arrive(summed.at[stage])
+
   @pl.when(wg < c.compute_warpgroups)
   def compute():
     plgpu.set_max_registers(c.compute_registers, action="increase")
@@ -200,17 +125,21 @@ def _kernel(*refs, config, problem, k_tiles):
           plgpu.load(w_smem.at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
           for plane in range(problem.bits // 4)
         ]
-        w = decode_tile(planes, dtype, middle=not problem.zeros)
-        if problem.zeros:
+        zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
+        w = decode_tile(planes, dtype, zero=zero)
+        if problem.zeros and not c.sum_zeros:
           w -= of_group(z_smem, stage, tile * layout.TILE, w.shape)
         return w * of_group(s_smem, stage, tile * layout.TILE, w.shape).astype(dtype) if c.scale_weights else w
 
+    def index(k, length):
+      """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
+      k += first_tile * layout.TILE
+      return k // length if c.warpgroups_k == 1 else lax.div(k, length)
+
     def of_group(ref, stage, k, shape):
       """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
-      k += first_tile * layout.TILE
-      row = 0 if runs == 1 else k // group_size if c.warpgroups_k == 1 else lax.div(k, group_size)
       values = plgpu.load(
-        ref.at[stage, row, pl.ds(column_tile * layout.TILE, layout.TILE)],
+        ref.at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
@@ -218,7 +147,7 @@ def _kernel(*refs, config, problem, k_tiles):
 
     def multiply(stage, acc, w, following):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
-      partial = acc if c.scale_weights else None
+      partial, summed_waited = acc if c.scale_weights else None, False
       for tile in range(tiles_each):
         x = x_smem.at[stage, :, pl.ds((first_tile + tile) * layout.TILE, layout.TILE)]
         if group_size < layout.TILE:
@@ -233,14 +162,27 @@ def _kernel(*refs, config, problem, k_tiles):
 
         if c.decode_ahead:
           w = decode_next()
+        end = (tile + 1) * layout.TILE
+        group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
+        if c.sum_zeros and group_ends:  # before the wait for wgmma, which hides it
+          if not summed_waited:
+            plgpu.barrier_wait(summed.at[stage])
+            summed_waited = True
+          x_sums = plgpu.load(
+            sums_smem.at[stage, index(tile * layout.TILE, segment)],
+            layout=plgpu.Layout.WGMMA.reduce(0),
+            optimized=False,
+          )
         done_tiles = mma_wait(*started)
         if not c.decode_ahead:
           w = decode_next()
-        end = (tile + 1) * layout.TILE
         if c.scale_weights:
           acc = partial = done_tiles[0]
-        elif len(done_tiles) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each:
+        elif group_ends:
           for half, sums in enumerate(done_tiles):
+            if c.sum_zeros:
+              zeros = of_group(z_smem, stage, tile * layout.TILE, sums.shape).astype(jnp.float32) + RAISED[dtype]
+              sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * zeros
             acc += sums * of_group(s_smem, stage, tile * layout.TILE + 32 * half, sums.shape).astype(jnp.float32)
           partial = None
         else:
@@ -253,9 +195,9 @@ def _kernel(*refs, config, problem, k_tiles):
       def _():
         plgpu.barrier_arrive(empty.at[stage])
 
-    def step(t, carry):
+    def step(t, carry, stage):
       acc, w = carry
-      stage, next_stage = lax.rem(t, stages), lax.rem(t + 1, stages)
+      next_stage = (stage + 1) % stages if isinstance(stage, int) else lax.rem(t + 1, stages)
 
       def following():
         plgpu.barrier_wait(full.at[next_stage])
@@ -265,12 +207,24 @@ def _kernel(*refs, config, problem, k_tiles):
       release(t, stage)
       return acc, w
 
+    def turn(i, carry):
+      for stage in range(stages):
+        carry = step(i * stages + stage, carry, stage)
+      return carry
+
     plgpu.barrier_wait(full.at[0])
     zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    acc, w = lax.fori_loop(0, steps - 1, step, (zero, fragment(0, 0)))
+    carry, turns = (zero, fragment(0, 0)), 0
+    if c.many_rows:
+      turns = lax.div(steps - 1, stages)
+      carry = lax.fori_loop(0, turns, turn, carry)
+    acc, w = lax.fori_loop(turns * stages, steps - 1, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
     acc, _ = multiply(lax.rem(steps - 1, stages), acc, w, None)
 
     with jax.named_scope("reduce"):
+      if c.many_rows:  # y_smem is where the ring was
+        plgpu.barrier_arrive(consumed)
+        plgpu.barrier_wait(consumed)
       store_partial(acc.astype(y_smem.dtype), y_smem.at[wg], across_programs=c.split_k > 1)
       if c.reduces:
         plgpu.barrier_arrive(ready.at[column_tile])
@@ -311,14 +265,16 @@ def matmul_hopper(
     config: block sizes; see HopperConfig.
 
   Raises:
-    ValueError: neither of config's block_k and the group size divides the other, or config scales weights of groups
-      of 32; or the stages do not fit into shared memory.
+    ValueError: neither of config's block_k and the group size divides the other, config scales weights of groups of
+      32 or sums zeros that there are not; or the stages do not fit into shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
   n_tiles, k_tiles, rows, _ = qweight.shape
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=rows // 8, zeros=zeros is not None)
   if groups > 1 and config.block_k % problem.group_size and problem.group_size % config.block_k:
     raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
+  if config.sum_zeros and (zeros is None or problem.bits != 4 or problem.group_size < min(layout.TILE, k)):
+    raise ValueError(f"sum_zeros needs zero points of 4 bits and groups of at least {layout.TILE}, not {problem}")
   if groups > 1 and problem.group_size < layout.TILE and config.scale_weights:
     raise ValueError(f"scale_weights needs groups of at least {layout.TILE}, not group_size={problem.group_size}")
   runs = max(1, config.block_k // _group_size(problem, config))
@@ -337,25 +293,31 @@ def matmul_hopper(
   barrier = plgpu.Barrier
   if c.split_k > 1:
     barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("k",))
+  ring = [
+    SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
+    SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
+    SMEM((stages, runs, c.block_n), scales.dtype),
+    SMEM((stages, runs, c.block_n) if problem.zeros else (1, 1, 8), x.dtype),
+  ]
+  y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
   y = plgpu.kernel(
     functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles),
     out_type=jax.ShapeDtypeStruct((m, per_group[0].shape[1]), x.dtype),
     scratch_types=[
-      SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
-      SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
-      SMEM((stages, runs, c.block_n), scales.dtype),
-      SMEM((stages, runs, c.block_n) if problem.zeros else (1, 1, 8), x.dtype),
-      SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype),
+      plgpu.RefUnion(ring, y_smem) if c.many_rows else (ring, y_smem),
       plgpu.Barrier(num_arrivals=2 + len(per_group), num_barriers=stages),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
+      plgpu.Barrier(num_arrivals=c.compute_warpgroups),
+      SMEM((stages, c.block_k // _segment(problem, c), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
+      plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     ],
     grid=(-(-n_tiles // c.warpgroups_n), -(-m // c.block_m)),
     grid_names=("n", "m"),
     cluster=(c.split_k,) if c.split_k > 1 else (),
     cluster_names=("k",) if c.split_k > 1 else (),
-    num_threads=c.compute_warpgroups + 1,
+    num_threads=c.warpgroups,
     thread_name="wg",
     kernel_name="w4a16_hopper" if problem.bits == 4 else "w8a16_hopper",
     compiler_params=plgpu.CompilerParams(
@@ -368,6 +330,11 @@ def matmul_hopper(
 def _group_size(problem: MatmulProblem, config: HopperConfig) -> int:
   """k that share a scale; a whole column has the same one in every step, however long the column is."""
   return problem.group_size if problem.group_size < problem.k else config.block_k
+
+
+def _segment(problem: MatmulProblem, config: HopperConfig) -> int:
+  """k of a step that one warpgroup sums before it scales."""
+  return min(_group_size(problem, config), config.block_k // config.warpgroups_k)
 
 
 def _pad(array, rows: int, columns: int):

@@ -16,7 +16,7 @@ from typing import Any
 
 from pallas_kernels import heuristics
 from pallas_kernels.hardware import Device
-from pallas_kernels.hopper_matmul import HopperConfig
+from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
 

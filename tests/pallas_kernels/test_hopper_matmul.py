@@ -12,7 +12,8 @@ import pytest
 
 from pallas_kernels import MatmulProblem, hardware, layout
 from pallas_kernels.heuristics import hopper_config
-from pallas_kernels.hopper_matmul import HopperConfig, matmul_hopper, unsupported_reason
+from pallas_kernels.hopper_config import HopperConfig
+from pallas_kernels.hopper_matmul import matmul_hopper, unsupported_reason
 from tests.pallas_kernels import problems
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
@@ -30,7 +31,11 @@ VARIANTS = [
   dict(warpgroups_n=2, warpgroups_k=2, block_k=256),
   dict(warpgroups_n=1, warpgroups_k=4, split_k=2, decode_ahead=False, block_k=256),
   dict(scale_weights=True),
+  dict(block_m=128, scale_weights=True, block_k=64, decode_ahead=False),
+  dict(block_m=128, scale_weights=True, block_k=256, decode_ahead=False, warpgroups_n=1, warpgroups_k=4, num_stages=3),
+  dict(block_m=128, scale_weights=True, warpgroups_n=1, warpgroups_k=2, split_k=2, decode_ahead=False),
 ]
+SUM_ZEROS = dataclasses.replace(CONFIG, block_k=256, sum_zeros=True)
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 
@@ -80,6 +85,22 @@ def test_every_kind_of_config_lowers_for_an_h200(lower_for_h200, change):
 
 
 @needs_jax_0_11
+@pytest.mark.parametrize(
+  "m, block_m, group_size, dtype, ptx",
+  [(1, 8, 128, BF16, "bf16"), (16, 16, 64, F16, "f16"), (16, 16, 1024, BF16, "bf16"), (32, 32, 128, F16, "f16")],
+)
+def test_zero_points_are_subtracted_from_sums(lower_for_h200, m, block_m, group_size, dtype, ptx):
+  problem = MatmulProblem(m=m, n=28672, k=1024, group_size=group_size, dtype=dtype, zeros=True)
+  config = hopper_config(problem, num_sms=132)
+  assert config.sum_zeros and config.block_m == block_m
+  args = shapes(m, 1024, 28672, group_size, dtype, zeros=True)
+  text = lower_for_h200(functools.partial(matmul_hopper, config=config), *args)
+  assert_fast_path(text, ptx, block_m)
+  assert "ldmatrix" in text and f"mma.sync.aligned.m16n8k16.row.col.f32.{ptx}" in text
+  assert f"sub.{ptx}x2" not in text and f"fma.rn.{ptx}x2" not in text  # nothing is done to a weight
+
+
+@needs_jax_0_11
 @pytest.mark.parametrize("m, k, n, group_size", [(1, 1, 1, 1), (5, 77, 93, 77), (9, 96, 65, 32), (3, 384, 63, 192)])
 def test_odd_sizes_lower_for_an_h200(lower_for_h200, m, k, n, group_size):
   config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16), num_sms=132)
@@ -94,6 +115,25 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
   config = dataclasses.replace(CONFIG, **change)
   y = jax.jit(functools.partial(matmul_hopper, config=config))(x, problems.packed(codes), scales)
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
+
+
+@pytest.mark.gpu
+@needs_jax_0_11
+@pytest.mark.parametrize("dtype, fractional", [(BF16, False), (F16, True)], ids=str)
+@pytest.mark.parametrize("group_size", [64, 128, 512, 1024])
+@pytest.mark.parametrize("m, change", [
+  (1, dict(block_m=8)),
+  (7, dict(block_m=8, warpgroups_n=2, warpgroups_k=2)),
+  (13, dict()),
+  (16, dict(split_k=2)),
+  (29, dict(block_m=32)),
+])  # fmt: skip
+def test_sums_of_x_take_zero_points_off(rng, m, change, group_size, dtype, fractional):
+  config = dataclasses.replace(SUM_ZEROS, **change)
+  x, codes, scales = problems.random(rng, m, 1024, 320, 1024 // group_size, dtype)
+  codes, zeros = problems.with_zeros(rng, codes, scales, 4, dtype, fractional=fractional)
+  y = jax.jit(functools.partial(matmul_hopper, config=config))(x, problems.packed(codes), scales, zeros)
+  problems.assert_close(y, x, codes, scales, zeros)
 
 
 @pytest.mark.gpu
@@ -122,6 +162,7 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
     (dict(num_stages=1), "num_stages=1 must be at least 2"),
     (dict(block_k=64), "block_k=64 must be at least 128"),
     (dict(num_stages=40), "num_stages=40 of .* must be at most 10 to fit shared memory"),
+    (dict(scale_weights=True, sum_zeros=True), "sum_zeros must be False where weights are scaled"),
     (dict(block_m=128, num_stages=2), "needs some 176 registers a thread; 112 can be had"),
   ],
 )
@@ -137,6 +178,9 @@ def test_registers_never_exceed_what_the_launch_gave(warpgroups, registers):
   assert config.compute_registers == registers
   launched = min(256, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
   assert warpgroups * registers + 32 <= (warpgroups + 1) * launched
+  summing = dataclasses.replace(config, sum_zeros=True)
+  launched = min(256, 65536 // (128 * (warpgroups + 2)) // 8 * 8)
+  assert warpgroups * summing.compute_registers + 2 * 32 <= (warpgroups + 2) * launched
 
 
 @pytest.mark.parametrize(
@@ -151,6 +195,12 @@ def test_config_and_groups_must_fit(group_size, change, message):
   arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 192, 64, group_size, BF16)]
   with pytest.raises(ValueError, match=message):
     matmul_hopper(*arrays, config=config)
+
+
+def test_sums_need_zero_points():
+  arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 256, 64, 128, BF16)]
+  with pytest.raises(ValueError, match="sum_zeros needs zero points of 4 bits and groups of at least 64"):
+    matmul_hopper(*arrays, config=SUM_ZEROS)
 
 
 def test_unsupported_reason_names_the_obstacle(monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 
 from pallas_kernels import MatmulProblem, heuristics, layout, matmul, tuning
 from pallas_kernels.hardware import Device
-from pallas_kernels.hopper_matmul import HopperConfig, matmul_hopper
+from pallas_kernels.hopper_config import HopperConfig
+from pallas_kernels.hopper_matmul import matmul_hopper
 from pallas_kernels.triton_matmul import TritonConfig, matmul_triton
 
 BF16 = jnp.dtype(jnp.bfloat16)

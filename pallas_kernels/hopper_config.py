@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one program of the Hopper kernel computes and how; a config that a GPU would refuse or hang on is none."""
+
+import dataclasses
+
+from pallas_kernels import layout
+from pallas_kernels.hardware import H200
+from pallas_kernels.hopper_reduce import PITCH
+
+FEW_REGISTERS = 32  # of a thread that does not compute
+_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96, 6: 80}  # per thread, by warpgroups of a program
+_MANY_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HopperConfig:
+  """What one program computes, and how.
+
+  Attributes:
+    block_m: rows of x, the N of the matrix instruction.
+    warpgroups_n: columns of a program, in tiles of 64.
+    warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
+    block_k: k per pipeline stage.
+    num_stages: stages in shared memory.
+    split_k: programs that share one output block, a cluster of as many; each sums a run of K.
+    scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
+      64 / block_m of the other way for groups of 128 and saves a second accumulator.
+    decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
+      warpgroup: with one, both fragments would be the same loop-carried registers, and ptxas serialises the kernel
+      (its note C7513).
+    sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
+      weight. One more warpgroup adds up x.
+  """
+
+  block_m: int
+  warpgroups_n: int
+  warpgroups_k: int = 1
+  block_k: int
+  num_stages: int
+  split_k: int = 1
+  scale_weights: bool = False
+  decode_ahead: bool = True
+  sum_zeros: bool = False
+
+  def __post_init__(self):
+    for name, allowed in dict(
+      block_m=(8, 16, 32, 64, _MANY_ROWS),
+      warpgroups_n=(1, 2, 3, 4),
+      warpgroups_k=(1, 2, 4),
+      block_k=(64, 128, 256, 512),
+      split_k=(1, 2, 4),
+    ).items():
+      if getattr(self, name) not in allowed:
+        raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
+    if self.compute_warpgroups > 4:
+      raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
+    if self.num_stages < 2:
+      raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+    if self.sum_zeros and self.scale_weights:
+      raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
+    least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
+    if self.block_k < least:
+      raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
+    if self.num_stages > self.max_stages():
+      raise ValueError(
+        f"num_stages={self.num_stages} of {self} must be at most {self.max_stages()} to fit shared memory"
+      )
+    # Accumulators, two fragments, and what addresses and the loop take.
+    needed = self.block_m // 2 * (1 if self.scale_weights else 2) + 16 * (1 + self.decode_ahead) + 16
+    if needed > self.compute_registers:
+      raise ValueError(f"{self} needs some {needed} registers a thread; {self.compute_registers} can be had")
+
+  @property
+  def compute_warpgroups(self) -> int:
+    """Warpgroups that compute."""
+    return self.warpgroups_n * self.warpgroups_k
+
+  @property
+  def block_n(self) -> int:
+    """Columns of one program."""
+    return layout.TILE * self.warpgroups_n
+
+  @property
+  def warpgroups(self) -> int:
+    """Warpgroups that compute, the one that copies and the one that adds up x."""
+    return self.compute_warpgroups + 1 + self.sum_zeros
+
+  @property
+  def reduces(self) -> bool:
+    """Whether a block is a sum over warpgroups or programs."""
+    return self.warpgroups_k * self.split_k > 1
+
+  @property
+  def many_rows(self) -> bool:
+    """Whether what a program writes takes as much shared memory as what it reads: both then use the same. And whether
+    the ring of stages is unrolled, which saves addresses: 87 instead of 94 us at 128 rows of 8192 x 28672. With less
+    rows both cost time, 0.2 us for the barrier between reading and writing, and 52 instead of 37 us at M = 16.
+    """
+    return self.block_m == _MANY_ROWS
+
+  @property
+  def compute_registers(self) -> int:
+    """Registers of a computing thread.
+
+    A warpgroup that asks for more waits until another one has given enough away: for ever, if the sum over all
+    warpgroups exceeds what the program was launched with, which is the register file divided by its threads and
+    rounded down to a multiple of 8.
+    """
+    others = self.warpgroups - self.compute_warpgroups
+    pool = self.warpgroups * _LAUNCH_REGISTERS[self.warpgroups]
+    return min(240, (pool - others * FEW_REGISTERS) // self.compute_warpgroups // 8 * 8)
+
+  def max_stages(self, groups_per_stage: int = 1, bits: int = 4, zeros: bool = False) -> int:
+    """Stages that fit into shared memory beside the barriers and, of few rows, the output, with float32 scales."""
+    words = self.block_n * self.block_k * bits // 8
+    stage = words + self.block_m * self.block_k * 2 + groups_per_stage * self.block_n * (6 if zeros else 4)
+    if self.sum_zeros:
+      stage += self.block_k // layout.TILE * self.block_m * 4
+    size = 4 if self.reduces else 2
+    y = 0 if self.many_rows else self.compute_warpgroups * self.block_m * PITCH[size] * size
+    return (H200.shared_memory - y - 2048) // stage
