@@ -2,10 +2,16 @@
 """What all tests share: the GPU marker, and an H200 to lower for where there is none."""
 
 import contextlib
+import os
 
 import jax
 import numpy as np
 import pytest
+
+# A quarter of the suite's time went into optimizing programs that run once. What users start (commands, notebooks, a
+# server) runs in processes of its own, compiled as theirs; JAX_DISABLE_MOST_OPTIMIZATIONS=0 does so for all tests.
+if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):

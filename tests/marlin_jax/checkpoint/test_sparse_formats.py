@@ -46,24 +46,23 @@ def marlin24_tensors(codes: np.ndarray, scales: np.ndarray, bits: int, group_siz
   """weight_packed, meta and scale_packed of 2:4 sparse codes [K, N]."""
   k, n = codes.shape
   steps = codes.astype(int) - zero_code(bits)
-  nibbles, kept = np.zeros((n, k // 4), int), np.zeros((k // 2, n), int)
-  for quad in range(k // 4):
-    for column in range(n):
-      first, second = padded_positions(steps[4 * quad : 4 * quad + 4, column])
-      nibbles[column, quad] = first | second << 2
-      kept[2 * quad : 2 * quad + 2, column] = steps[[4 * quad + first, 4 * quad + second], column]
+  quads = steps.reshape(k // 4, 4, n)
+  patterns = ((quads != 0) << np.arange(4)[None, :, None]).sum(axis=1)
+  positions = np.full((16, 2), 4)
+  for pattern in range(16):
+    if pattern.bit_count() <= 2:
+      positions[pattern] = padded_positions([pattern >> i & 1 for i in range(4)])
+  chosen = positions[patterns].transpose(0, 2, 1)  # [K/4, 2, N]
+  kept = np.take_along_axis(quads, chosen, axis=1).reshape(k // 2, n)
+  nibbles = (chosen[:, 0] | chosen[:, 1] << 2).T
   # Four quads in an int16, the first in the low bits; then every one is moved to its place.
   meta = sum(nibbles[:, i::4] << 4 * i for i in range(4))  # [N, K/16]
+  r, c = np.meshgrid(np.arange(n), np.arange(k // 16), indexing="ij")
+  row = r // 64 * 64 + (r % 2) * 2 + (r % 8) // 4 + ((r % 32) % 4) // 2 * 32 + ((r % 64) // 8) * 4
+  down, up = (row % 2 == 0) & (c % 2 == 1), (row % 2 == 1) & (c % 2 == 0)
+  row, column = row + down - up, c - down + up
   moved = np.zeros(n * k // 16, np.uint16)
-  for r in range(n):
-    for c in range(k // 16):
-      row = r // 64 * 64 + (r % 2) * 2 + (r % 8) // 4 + ((r % 32) % 4) // 2 * 32 + ((r % 64) // 8) * 4
-      column = c
-      if row % 2 == 0 and column % 2 == 1:
-        row, column = row + 1, column - 1
-      elif row % 2 == 1 and column % 2 == 0:
-        row, column = row - 1, column + 1
-      moved[column // 2 * 2 * n + 2 * row + column % 2] = meta[r, c]
+  moved[column // 2 * 2 * n + 2 * row + column % 2] = meta
   order = []
   for lane in range(32):
     for j in range(4):
@@ -222,14 +221,11 @@ def test_sizes_that_marlin24_cannot_have_are_refused(k, n):
 def bitmask_tensors(w: np.ndarray) -> dict[str, np.ndarray]:
   """compressed, bitmask and shape of a 2:4 sparse weight [N, K]: bit k % 8 of byte k // 8 is column k."""
   n, k = w.shape
-  mask = np.zeros((n, k), bool)
-  bitmask = np.zeros((n, -(-k // 8)), np.uint8)
-  for row in range(n):
-    for quad in range(0, k, 4):
-      kept = sorted(range(4), key=lambda i: (w[row, quad + i] == 0, i))[:2]
-      for i in kept:
-        mask[row, quad + i] = True
-        bitmask[row, (quad + i) // 8] |= 1 << (quad + i) % 8
+  kept = np.argsort((w == 0).reshape(n, k // 4, 4), axis=-1, kind="stable")[..., :2]
+  mask = np.zeros((n, k // 4, 4), bool)
+  np.put_along_axis(mask, kept, True, axis=-1)
+  mask = mask.reshape(n, k)
+  bitmask = np.packbits(mask, axis=1, bitorder="little")
   return {"compressed": w[mask].reshape(n, k // 2), "bitmask": bitmask, "shape": np.array([[n], [k]], np.int64)}
 
 
