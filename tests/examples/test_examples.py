@@ -140,3 +140,19 @@ def test_how_close_to_the_limit(tmp_path):
   )
   assert 44 <= alone <= moved <= 50
   assert not list(tmp_path.iterdir())
+
+
+def test_what_quantization_costs(tmp_path):
+  path = EXAMPLES / "08_what_quantization_costs.ipynb"
+  notebook, stored = execute(path, tmp_path), nbformat.read(path, as_version=4)
+  assert pictures(notebook) == pictures(stored) == ["errors", "plot"]
+  # The calibration text is this Python's own, so that the numbers differ a little from one version to the next.
+  text, shown = printed_text(notebook), printed_text(stored)
+  assert text["plot"] == shown["plot"], f"the table has changed: jupyter execute --inplace {path}"
+  for printed in (text, shown):
+    (rounded,) = re.findall(r"rounded to nearest: .* ([+-][0-9.]+) %", printed["nearest"])
+    (calibrated,) = re.findall(r"GPTQ: .* ([+-][0-9.]+) %", printed["gptq"])
+    assert 0.5 < float(rounded) < 2.5 and float(calibrated) < float(rounded)
+    assert "quantized 56 layers, 35.7 MB -> 9.2 MB" in printed["gptq"]
+    assert "less is lost than by rounding to nearest: True" in printed["gptq"]
+  assert not list(tmp_path.iterdir())
