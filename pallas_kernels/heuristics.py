@@ -51,9 +51,9 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
   block_m = _hopper_block_m(problem)
   block_k, num_stages = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (128, 5), 128: (64, 5)}[block_m]
   if split_k > 1 or problem.m > 128:
-    num_stages = (
-      4  # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288; 177.8 against 189.3 at M=256 of 8192 x 28672
-    )
+    # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288. At M=256 of 8192 x 28672 177.8 against 189.3 before the
+    # ring was unrolled; since then more are no faster (171.2, and 170.9 with 6).
+    num_stages = 4
   block_k = min(block_k * warpgroups_k, 512, k)
   if problem.bits == 8 and block_k > 128 * warpgroups_k:
     block_k //= 2  # the words of a step take as much as with 4 bits

@@ -2,8 +2,7 @@
 """The Triton-lowered kernel of 2:4 sparse weights: sparse in memory, dense in the matrix instruction.
 
 It reads 3 bits a weight instead of 4 and multiplies as the dense kernel does, zeros too. Sparse tensor cores cannot be
-reached through Triton. On an H200 it is two to four times slower than the dense kernel
-(docs/kernel.md).
+reached through Triton. On an H200 it is two to four times slower than the dense kernel (docs/kernel.md).
 """
 
 import functools
