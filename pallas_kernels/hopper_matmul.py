@@ -63,10 +63,7 @@ def _kernel(*refs, config, problem, k_tiles):
   tiles_each = tiles // c.warpgroups_k
   wg, nb, mb = (lax.axis_index(name) for name in ("wg", "n", "m"))
   sk = lax.axis_index("k") if c.split_k > 1 else 0
-  steps_total = -(-k_tiles // tiles)
-  steps_each = -(-steps_total // c.split_k)
-  first_step = sk * steps_each
-  steps = jnp.minimum(steps_each, steps_total - first_step)
+  first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
   group_size = _group_size(problem, c)
   runs = max(1, c.block_k // group_size)  # scale groups in a step
   segment = _segment(problem, c)
@@ -325,6 +322,12 @@ def matmul_hopper(
     ),
   )(x, qweight.reshape(n_tiles, k_tiles, planes, 8, 128), *per_group)
   return y[:, :n]
+
+
+def _run_of_steps(program, total: int, programs: int):
+  """(first, count) of the steps of one of the programs that share them; none is without, it would wait for ever."""
+  first, end = (lax.div((program + i) * total, programs) for i in (0, 1))
+  return first, end - first
 
 
 def _group_size(problem: MatmulProblem, config: HopperConfig) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, hardware, layout
+from pallas_kernels import MatmulProblem, hardware, hopper_matmul, layout
 from pallas_kernels.heuristics import hopper_config
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.hopper_matmul import matmul_hopper, unsupported_reason
@@ -126,7 +126,7 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
   (7, dict(block_m=8, warpgroups_n=2, warpgroups_k=2)),
   (13, dict()),
   (16, dict(split_k=2)),
-  (29, dict(block_m=32)),
+  (29, dict(block_m=32, num_stages=3)),
 ])  # fmt: skip
 def test_sums_of_x_take_zero_points_off(rng, m, change, group_size, dtype, fractional):
   config = dataclasses.replace(SUM_ZEROS, **change)
@@ -217,6 +217,14 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
     (dict(group_size=32, zeros=True), H200, "zero points need groups of at least 64, not group_size=32"),
   ):
     assert message in unsupported_reason(dataclasses.replace(problem, **change), device)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 4])
+def test_every_program_has_steps_and_every_step_a_program(programs):
+  for total in range(programs, 70):
+    runs = [hopper_matmul._run_of_steps(program, total, programs) for program in range(programs)]
+    assert min(count for _, count in runs) >= 1
+    assert [int(first) + i for first, count in runs for i in range(count)] == list(range(total))
 
 
 def test_a_split_needs_as_many_steps():
