@@ -136,6 +136,23 @@ def _parser() -> argparse.ArgumentParser:
   model.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
   model.add_argument("--output", type=Path, help="CSV file to write")
   model.set_defaults(run=_bench_model)
+  serving = bench.add_parser("serve", help="what clients of the server wait for, bfloat16 against 4 bits")
+  serving.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
+  serving.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
+  serving.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
+  serving.add_argument(
+    "--rates", type=float, nargs="*", default=(1.0, 2.5, 5.0, 10.0), help="requests a second (default: 1 2.5 5 10)"
+  )
+  serving.add_argument("--seconds", type=int, default=60, help="of each rate (default %(default)s)")
+  serving.add_argument(
+    "--overload", type=int, default=0, metavar="SECONDS", help="then, of twice the rate that fills all slots"
+  )
+  serving.add_argument("--prompt-tokens", type=int, default=64)
+  serving.add_argument("--new-tokens", type=int, default=64)
+  serving.add_argument("--slots", type=int, default=16, help="requests decoded at the same time (default: 16)")
+  serving.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer together (default: 2048)")
+  serving.add_argument("--output", type=Path, help="CSV file to write")
+  serving.set_defaults(run=_bench_serve)
   quality = bench.add_parser("quality", help="perplexity by method of quantization; a CPU is enough")
   quality.add_argument("model", nargs="?", help="float checkpoint folder (default: the demo model)")
   quality.add_argument("--heldout", type=Path, metavar="FILE", help="text to score (default: the demo model's)")
@@ -204,10 +221,14 @@ def _tune(arguments: argparse.Namespace) -> None:
   )
 
 
+def _model_name(model: str) -> str:
+  return model if model in MODELS else Path(model).stem  # "qwen2.5-32b" has no suffix
+
+
 def _bench_model(arguments: argparse.Namespace) -> None:
   quantized = QuantSpec(group_size=arguments.group_size)
   bench_model(
-    arguments.model if arguments.model in MODELS else Path(arguments.model).stem,  # "qwen2.5-32b" has no suffix
+    _model_name(arguments.model),
     read_shape(arguments.model),
     [quantized if weights == "4-bit" else None for weights in arguments.weights],
     arguments.batches,
@@ -215,6 +236,26 @@ def _bench_model(arguments: argparse.Namespace) -> None:
     new_tokens=arguments.new_tokens,
     quantize_head=arguments.quantize_head,
     profiled=arguments.profile,
+    output=arguments.output,
+  )
+
+
+def _bench_serve(arguments: argparse.Namespace) -> None:
+  try:
+    from marlin_jax.bench.serve import ServingConfig, bench_serve
+  except ModuleNotFoundError as error:
+    raise ValueError(f"it needs {error.name}: pip install 'marlin_jax[load]' brings all it needs") from None
+  quantized = QuantSpec(group_size=arguments.group_size)
+  bench_serve(
+    _model_name(arguments.model),
+    read_shape(arguments.model),
+    [quantized if weights == "4-bit" else None for weights in arguments.weights],
+    arguments.rates,
+    seconds=arguments.seconds,
+    overload=arguments.overload,
+    prompt_tokens=arguments.prompt_tokens,
+    new_tokens=arguments.new_tokens,
+    serving=ServingConfig(slots=arguments.slots, context=arguments.context),
     output=arguments.output,
   )
 

@@ -77,7 +77,7 @@ def bench_model(
       continue
     model = random_model(config, spec, quantize_head=quantize_head)
     for batch in batches:
-      measured = _measure(model, batch, prompt_tokens, new_tokens, profiled)
+      measured = measure_decode(model, batch, prompt_tokens, new_tokens, profiled=profiled)
       bound = step_floor(model, batch, prompt_tokens + new_tokens // 2, *ceilings)
       same = [row for row in rows if row["weights"] == "bf16" and row["batch"] == batch]
       step = measured["step_ms"]
@@ -135,7 +135,10 @@ def _chunk(new_tokens: int) -> int:
   return max(chunk for chunk in range(1, _LONGEST_CHUNK + 1) if (new_tokens - 1) % chunk == 0)
 
 
-def _measure(model: Decoder, batch: int, prompt_tokens: int, new_tokens: int, profiled: bool) -> dict[str, float]:
+def measure_decode(
+  model: Decoder, batch: int, prompt_tokens: int, new_tokens: int, *, profiled: bool = False
+) -> dict[str, float]:
+  """Milliseconds of a decode step and of the first token, wall time, and seconds that compiling took."""
   structure, weights = split(model)
   tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt_tokens), np.int32)
   lengths = np.full(batch, prompt_tokens, np.int32)

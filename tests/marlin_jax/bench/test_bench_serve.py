@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load, and the server under it, with a model so small that a CPU serves it."""
+
+import csv
+
+import jax
+import pytest
+
+from marlin_jax.bench.load import Load, apply_load, percentile
+from marlin_jax.bench.serve import _line, _words, _write, bench_serve, measure_serving
+from marlin_jax.bench.shapes import random_model
+from marlin_jax.models.config import ModelConfig
+from marlin_jax.serving.engine import ServingConfig
+
+SMALL = ModelConfig(
+  vocab_size=128,
+  hidden_size=128,
+  intermediate_size=128,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=64,
+  max_position_embeddings=64,
+)
+SERVING = ServingConfig(slots=2, context=64, queue_limit=2, prefill_chunk=16)
+LOAD = Load(url="http://127.0.0.1:9", model="m", vocab_size=9, rate=20.0, seconds=1, prompt_tokens=4, new_tokens=4)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_measured(tmp_path):
+  with pytest.raises(NotImplementedError, match="nothing measured"):
+    bench_serve(
+      "small",
+      SMALL,
+      [None],
+      [1.0],
+      seconds=1,
+      overload=0,
+      prompt_tokens=4,
+      new_tokens=4,
+      serving=SERVING,
+      output=tmp_path / "table.csv",
+    )
+  assert not list(tmp_path.iterdir())
+
+
+def test_every_request_is_accounted_for_at_a_low_load_and_at_too_high_a_one(tmp_path):
+  model = random_model(SMALL, None)
+  model.tokenizer = _words(SMALL.vocab_size)
+  tests = [(4.0, 3, 0.0), (150.0, 3, 0.5)]
+  low, high = measure_serving(model, tests, prompt_tokens=12, new_tokens=40, serving=SERVING)
+  assert low["answered"] > 3 and low["refused"] == low["cancelled"] == low["failed"] == 0
+  assert 0 < low["tpot_ms"] < low["ttft_p99_ms"] and 0 < low["mean_batch"] <= 2
+  # Sleeping clients apart, both of two slots are taken all the time, and most find the queue full.
+  assert high["refused"] > 100 and high["answered"] > 0 and high["failed"] == 0
+  assert low["mean_batch"] < high["mean_batch"] <= 2
+  assert low["recompilations"] == high["recompilations"] == 0
+  assert high["device_growth_mb"] < 1
+  rows = [dict(weights="bf16", bare_step_ms=1.0, tpot_over_step=row["tpot_ms"], **row) for row in (low, high)]
+  assert f"{low['answered']:>9}" in _line(rows[0])
+  _write(rows, tmp_path / "of" / "table.csv")
+  with (tmp_path / "of" / "table.csv").open() as file:
+    assert [int(row["refused"]) for row in csv.DictReader(file)] == [0, high["refused"]]
+
+
+def test_a_server_that_is_not_there_fails_every_request():
+  outcome = apply_load(LOAD)
+  assert outcome.answered == outcome.refused == outcome.cancelled == 0
+  assert set(outcome.failures) == {"ConnectionError"}
+
+
+@pytest.mark.parametrize("field, value", [("rate", 0.0), ("seconds", 0), ("new_tokens", -1), ("cancelled", 1.5)])
+def test_nonsense_is_refused(field, value):
+  fields = {name: getattr(LOAD, name) for name in Load.__slots__} | {field: value}
+  with pytest.raises(ValueError, match=f"{field}={value} must be"):
+    Load(**fields)
+
+
+def test_percentiles_are_of_what_there_is():
+  assert percentile(tuple(float(i) for i in range(101)), 99) == 99
+  assert percentile((3.0,), 50) == 3
+  assert percentile((), 50) != percentile((), 50)
