@@ -85,11 +85,13 @@ class Ticket:
     slot: where it is decoded; None while it waits.
     filled: tokens of the prompt that are in the slot.
     emitted: tokens that it has got.
+    begun: tokens that it has got or that the device computes.
     ended: whether it was told its end.
   """
 
   def __init__(self, request: GenerationRequest, deliver: Callable[[TokenEvent], None]):
-    self.request, self.slot, self.filled, self.emitted, self.ended = request, None, 0, 0, False
+    self.request, self.slot, self.ended = request, None, False
+    self.filled = self.emitted = self.begun = 0
     self._deliver = deliver
     self._cancel_reason: str | None = None
     self._cancel_lock = threading.Lock()

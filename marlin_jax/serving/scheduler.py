@@ -3,7 +3,8 @@
 
     submit -> queue -> slot: fill, fill, ... -> decode, decode, ... -> free
                          |  one chunk of a prompt, then one chunk of decode steps for all: a long prompt stalls nobody
-    every turn:  cancelled ones leave, waiting ones enter, fill one chunk, decode one chunk
+    every turn:  cancelled ones leave, waiting ones enter, begin to fill a chunk, begin to decode one,
+                 and hand out what was begun before it
 
 A step that raises fails the requests that were in the slots, with its message; the device's state is made anew and the
 thread goes on with the queue. After `max_faults` of them without a finished request between them, or when the state
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from marlin_jax.serving.engine import Engine
 from marlin_jax.serving.programs import Logprobs, Needs
@@ -59,6 +61,7 @@ class Scheduler:
     self._slots: list[Ticket | None] = [None] * self.config.slots
     self._filling: collections.deque[Ticket] = collections.deque()  # whose turn it is to have a chunk filled
     self._leaving: list[int] = []  # slots that still decode on the device, for nobody
+    self._results: collections.deque[Callable[[], None]] = collections.deque()  # each waits for the device, and tells
     self._compiled, self._stopping, self._aborting = threading.Event(), False, False
     self._faults_in_a_row = self._faults = self._decode_chunks = self._decoded_rows = self._recompilations = 0
     self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -214,8 +217,11 @@ class Scheduler:
       self._leaving = []
     self._enter()
     self._fill()
-    if any(ticket.decoding for ticket in self._tickets()):
-      self._decode()
+    # Before what the device computed last is looked at it gets a chunk to compute: the host's work, two milliseconds or
+    # more a chunk of an 8B model's 23, then costs nothing. A request that the model ends has a chunk of useless steps.
+    begun = self._decode()
+    while len(self._results) > begun:
+      self._results.popleft()()
 
   def _tickets(self) -> list[Ticket]:
     return [ticket for ticket in self._slots if ticket is not None]
@@ -261,25 +267,40 @@ class Scheduler:
       eos_token_ids=request.eos_token_ids,
     )
     if ticket.decoding:
-      self._emit(ticket, [int(token)], [logprobs] if request.logprobs is not None else None)
+      ticket.begun = 1
+      self._results.append(functools.partial(self._emit_first, ticket, token, logprobs))
 
-  def _decode(self) -> None:
-    rows = [ticket for ticket in self._tickets() if ticket.decoding]
+  def _decode(self) -> bool:
+    """Begins a chunk of those that will want more tokens than they have coming; whether there are any."""
+    rows = [t for t in self._tickets() if t.decoding and t.begun < t.request.max_new_tokens]
+    if not rows:
+      return False
     needs = Needs(
       draws=any(not ticket.request.sampling.greedy for ticket in rows),
       cuts=any(ticket.request.sampling.cuts for ticket in rows),
       logprobs=any(ticket.request.logprobs is not None for ticket in rows),
     )
-    # The host waits for the tokens before it decides who leaves and who enters; what it does meanwhile costs the device
-    # a millisecond a chunk. A chunk begun before the last one is looked at would hide that, and give every request that
-    # ends a chunk of useless steps.
-    tokens, counts, logprobs = self._engine.decode(needs)
+    self._results.append(functools.partial(self._emit_chunk, rows, *self._engine.decode(needs)))
+    for ticket in rows:
+      ticket.begun += self.config.chunk
+    self._decode_chunks += 1
+    self._decoded_rows += len(rows)
+    return True
+
+  def _emit_first(self, ticket: Ticket, token: ArrayLike, logprobs: Logprobs) -> None:
+    """Waits for the end of a prompt."""
+    token = int(token)
+    if self._slots[ticket.slot] is ticket:
+      self._emit(ticket, [token], [logprobs] if ticket.request.logprobs is not None else None)
+
+  def _emit_chunk(self, rows: list[Ticket], tokens: ArrayLike, counts: ArrayLike, logprobs: Logprobs | None) -> None:
+    """Waits for a chunk of the requests that were in their slots when it was begun."""
     tokens, counts = np.asarray(tokens), np.asarray(counts)
     if logprobs is not None:
       logprobs = Logprobs(*(np.asarray(array) for array in logprobs))
-    self._decode_chunks += 1
-    self._decoded_rows += len(rows)
     for ticket in rows:
+      if self._slots[ticket.slot] is not ticket:
+        continue  # it left meanwhile
       slot, count = ticket.slot, int(counts[ticket.slot])
       of_tokens = None
       if ticket.request.logprobs is not None:
@@ -316,6 +337,7 @@ class Scheduler:
     self._faults_in_a_row += 1
     failed, self._slots = self._tickets(), [None] * self.config.slots
     self._filling.clear()
+    self._results.clear()
     self._leaving = []
     message = f"a step of the model failed: {_one_line(error)}"
     for ticket in failed:

@@ -46,7 +46,9 @@ def test_the_cache_in_use_is_a_share_of_all_positions(scripted):
   scheduler.submit([GenerationRequest(prompt=(1,) * 20, max_new_tokens=10)], lambda *_: None)
   scheduler._step()
   assert sums(Metrics(scheduler))["kv_cache_usage_ratio"] == pytest.approx(16 / 100)
-  scheduler._step()  # the rest of the prompt, its first token and a chunk of four
+  scheduler._step()  # the rest of the prompt and its first token
+  assert sums(Metrics(scheduler))["kv_cache_usage_ratio"] == pytest.approx((20 + 1) / 100)
+  scheduler._step()  # a chunk of four
   assert sums(Metrics(scheduler))["kv_cache_usage_ratio"] == pytest.approx((20 + 5) / 100)
 
 

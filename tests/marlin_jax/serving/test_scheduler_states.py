@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler as a state machine, on an engine without a model: whatever comes in whatever order, nothing is lost."""
 
+import dataclasses
 import itertools
 import logging
 
@@ -290,4 +291,27 @@ def test_the_last_event_says_how_long_it_took(scripted):
   assert scheduler.drain(10)
   assert [event.timing is None for _, event in told] == [True] * (len(told) - 1) + [False]
   queued, first, total = told[-1][1].timing
-  assert 0 <= queued <= first <= total - 0.02
+  # Two chunks of four tokens follow the first, and one of them is begun before the first is looked at.
+  assert 0 <= queued <= first <= total - 0.01
+
+
+def test_the_device_has_a_chunk_to_compute_while_the_last_one_is_handed_out(scripted):
+  scheduler, _, _ = events_of(scripted(SCRIPT, **LIMITS))
+  begun = []  # (tokens, chunks begun so far) at every event
+  scheduler.submit([request(new=13)], lambda _, event: begun.append((len(event.tokens), scheduler.stats.decode_chunks)))
+  scheduler.start()
+  assert scheduler.drain(10)
+  # The first token, then three chunks of four; after the third, which is known to be the last, none is begun in vain.
+  assert begun == [(1, 1), (4, 2), (4, 3), (4, 3)]
+
+
+def test_a_chunk_begun_for_a_request_that_has_ended_reaches_nobody(scripted):
+  engine = scripted(SCRIPT, **LIMITS)
+  ending = dataclasses.replace(request(new=30), eos_token_ids=(engine.script[2],))
+  scheduler, _, told = events_of(engine, ending, *[request(new=30)] * 3)
+  scheduler.start()
+  assert scheduler.drain(10)
+  tokens = [[token for i, event in told if i == which for token in event.tokens] for which in range(4)]
+  expected = [engine.script[i % len(engine.script)] for i in range(30)]
+  # The fourth request was in the slot of the first while the chunk that was begun in vain was handed out.
+  assert tokens == [expected[:3]] + [expected] * 3
