@@ -50,6 +50,8 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
   k, _ = layout.padded_shape(problem.k, problem.n)
   block_m = _hopper_block_m(problem)
   block_k, num_stages = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (128, 5), 128: (64, 5)}[block_m]
+  if problem.sparse24:
+    block_k, num_stages = (128, 5) if block_m == 128 else (256, 6)
   if split_k > 1 or problem.m > 128:
     # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288. At M=256 of 8192 x 28672 177.8 against 189.3 before the
     # ring was unrolled; since then more are no faster (171.2, and 170.9 with 6).
@@ -73,17 +75,16 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     # Where 256 columns share the sums: 38.7 against 42.4 us at M=16 of 8192 x 28672. One column tile does not make up
     # for them, and 64 rows leave no registers.
     sum_zeros=problem.zeros and problem.bits == 4 and warpgroups_n == 4 and block_m <= 32,
-    # Two planes of nibbles, 64 rows' sums and the next tile are more than four warpgroups have registers for.
-    decode_ahead=block_k > layout.TILE * warpgroups_k and not (problem.bits == 8 and block_m >= 64),
+    # Two planes of nibbles or positions, 64 rows' sums and the next tile: more than four warpgroups have registers for.
+    decode_ahead=block_k > problem.tile_k * warpgroups_k
+    and not (block_m >= 64 and (problem.bits == 8 or problem.sparse24)),
   )
-  groups_per_stage = max(1, block_k // problem.group_size) if problem.group_size < problem.k else 1
-  most = config.max_stages(groups_per_stage, problem.bits, problem.zeros)
-  return dataclasses.replace(config, num_stages=min(num_stages, most))
+  return dataclasses.replace(config, num_stages=min(num_stages, config.max_stages(problem)))
 
 
 def _hopper_block_m(problem: MatmulProblem) -> int:
   # Groups of less than a tile take two partial sums, for which 128 rows leave no registers.
-  largest = 64 if problem.group_size < min(layout.TILE, problem.k) else 128
+  largest = 64 if problem.group_size < min(problem.tile_k, problem.k) else 128
   return next(block for block in (8, 16, 32, 64, 128) if problem.m <= block or block == largest)
 
 
@@ -102,10 +103,13 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
     choices.remove((1, 4))  # leaves too few stages
   if block_m == 64:
     # Two partial sums of 64 rows spill in more than two warpgroups.
-    choices = [(2, 1), (1, 2)] if problem.group_size < min(layout.TILE, problem.k) else [(4, 1), (3, 1), (2, 1), (1, 2)]
+    two_sums = problem.group_size < min(problem.tile_k, problem.k)
+    choices = [(2, 1), (1, 2)] if two_sums else [(4, 1), (3, 1), (2, 1), (1, 2)]
   if block_m == 128:
     # Over 128 rows, four parts of K beside each other instead of two: 44.2 against 61.4 us at M=256 of 14336 x 4096.
     choices = [(4, 1), (3, 1), *([(1, 2)] if problem.m <= block_m else [(2, 2), (1, 4)])]
+    if problem.sparse24 and (1, 4) in choices:
+      choices.remove((1, 4))  # 512 k of x, a tile for each, leave no room for a second stage
   times = {}
   for warpgroups_n, warpgroups_k in choices:
     blocks = -(-problem.m // block_m) * -(-n // (layout.TILE * warpgroups_n))
@@ -114,7 +118,8 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
         continue
       # Clusters of four do not fill the chip: 32 of them take two turns on an H200.
       waves = -(-blocks * split_k // (num_sms if split_k < 4 else num_sms * 2 // 3))
-      weights = layout.TILE * warpgroups_n * -(-k // split_k) * problem.bits // 8
+      bits = 3 if problem.sparse24 else problem.bits
+      weights = layout.TILE * warpgroups_n * -(-k // split_k) * bits // 8
       busy = 1.08 if warpgroups_n * warpgroups_k == 2 else 1.0  # two warpgroups do not quite keep up with memory
       reducing = k_part * (warpgroups_k - 1) + cluster * (split_k > 1)
       times[warpgroups_n, warpgroups_k, split_k] = waves * (weights * busy + latency + reducing)
@@ -140,9 +145,7 @@ def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> lis
     try:
       config = dataclasses.replace(first, **change)
       if implementation == "hopper" and "block_k" in change:
-        runs = 1 if problem.group_size == problem.k else max(1, config.block_k // problem.group_size)
-        most = config.max_stages(runs, problem.bits, problem.zeros)
-        config = dataclasses.replace(config, num_stages=min(8, most))
+        config = dataclasses.replace(config, num_stages=min(8, config.max_stages(problem)))
     except ValueError:
       continue
     if config not in configs and _fits(config, problem):
@@ -156,7 +159,7 @@ def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -
   ]
   # `candidates` makes it as many stages as shared memory holds.
   steps = [
-    dict(block_k=b, num_stages=2, decode_ahead=b > layout.TILE * first.warpgroups_k) for b in (128, 256, 64, 512)
+    dict(block_k=b, num_stages=2, decode_ahead=b > problem.tile_k * first.warpgroups_k) for b in (128, 256, 64, 512)
   ]
   where = [dict(scale_weights=not first.scale_weights)] if first.block_m >= 64 else []
   return [steps, partitions, where]
@@ -181,9 +184,8 @@ def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
     return False
   if group_size == problem.k:
     return True
-  if isinstance(config, HopperConfig):
-    runs = max(1, block_k // group_size)
-    most = config.max_stages(runs, problem.bits, problem.zeros)
-    if config.num_stages > most or (config.scale_weights and group_size < layout.TILE):
-      return False
+  if isinstance(config, HopperConfig) and (
+    config.num_stages > config.max_stages(problem) or (config.scale_weights and group_size < problem.tile_k)
+  ):
+    return False
   return block_k % group_size == 0 or group_size % block_k == 0

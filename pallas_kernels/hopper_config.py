@@ -6,6 +6,7 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.hardware import H200
 from pallas_kernels.hopper_reduce import PITCH
+from pallas_kernels.problem import MatmulProblem
 
 FEW_REGISTERS = 32  # of a thread that does not compute
 _LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96, 6: 80}  # per thread, by warpgroups of a program
@@ -20,7 +21,7 @@ class HopperConfig:
     block_m: rows of x, the N of the matrix instruction.
     warpgroups_n: columns of a program, in tiles of 64.
     warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
-    block_k: k per pipeline stage.
+    block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
     split_k: programs that share one output block, a cluster of as many; each sums a run of K.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
@@ -110,10 +111,21 @@ class HopperConfig:
     pool = self.warpgroups * _LAUNCH_REGISTERS[self.warpgroups]
     return min(240, (pool - others * FEW_REGISTERS) // self.compute_warpgroups // 8 * 8)
 
-  def max_stages(self, groups_per_stage: int = 1, bits: int = 4, zeros: bool = False) -> int:
-    """Stages that fit into shared memory beside the barriers and, of few rows, the output, with float32 scales."""
+  def groups_per_stage(self, problem: MatmulProblem) -> int:
+    """Rows of scales that a stage has."""
+    return 1 if problem.group_size == problem.k else max(1, self.block_k // problem.group_size)
+
+  def max_stages(self, problem: MatmulProblem | None = None) -> int:
+    """Stages that fit into shared memory beside the barriers and, of few rows, the output, with float32 scales.
+
+    None is the problem that takes the least: 2:4 sparse, with a group a stage.
+    """
+    bits, groups, group_bytes = 3, 1, 4
+    if problem is not None:
+      bits, groups = 3 if problem.sparse24 else problem.bits, self.groups_per_stage(problem)
+      group_bytes = 6 if problem.zeros else 4
     words = self.block_n * self.block_k * bits // 8
-    stage = words + self.block_m * self.block_k * 2 + groups_per_stage * self.block_n * (6 if zeros else 4)
+    stage = words + self.block_m * self.block_k * 2 + groups * self.block_n * group_bytes
     if self.sum_zeros:
       stage += self.block_k // layout.TILE * self.block_m * 4
     size = 4 if self.reduces else 2

@@ -18,6 +18,8 @@ from pallas_kernels import layout
 Layout = plgpu.Layout
 # The 1024 int16 words of a tile, eight for each thread of a warpgroup: one 16-byte load (layout.py).
 WORDS = Layout.WG_STRIDED((8, 128), vec_size=8)
+# The 512 words that say where the codes of a tile belong, four for each thread (layout24.py).
+POSITIONS = Layout.WG_STRIDED((4, 128), vec_size=4)
 # What a nibble in the mantissa of a constant is too large by, until it is subtracted.
 RAISED = {jnp.dtype(jnp.bfloat16): 128, jnp.dtype(jnp.float16): 64}
 _SWIZZLE = 128  # bytes; a row of x in shared memory is 64 values of 16 bits
@@ -127,8 +129,10 @@ def _accumulator(scalars, shape):
   return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
-def mma_issue(w, x_smem, acc, *, k_steps=(0, 4)):
-  """Starts acc + w . x^T on 16-wide steps [k_steps) of a tile; acc None is zero. Not to be read before `mma_wait`.
+def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
+  """Starts acc + w . x^T on four steps of a tile, or [k_steps) of them. Not to be read before `mma_wait`.
+
+  A step is 16 k; with `positions`, of 2:4 sparse weights, 32 k, of which w holds 16. An acc of None is zero.
 
   Not plgpu.wgmma: there an accumulator starts as registers full of zeros, and ptxas serialises every wgmma of the
   kernel when it sees ordinary instructions write accumulators while others are in flight. The first instruction of
@@ -138,37 +142,53 @@ def mma_issue(w, x_smem, acc, *, k_steps=(0, 4)):
   shape = (layout.TILE, block_m)
   dtype = "bf16" if w.dtype == jnp.bfloat16 else "f16"
 
-  def issue(ctx, w, x_ref, acc=None):
+  def issue(ctx, w, x_ref, *others):
     del ctx
+    others = list(others)
+    meta = None if positions is None else others.pop(0)
+    (acc,) = others or [None]
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     count = block_m // 2
-    strides, _ = ir.MemRefType(x_ref.type).get_strides_and_offset()  # of [block_m / 8, 1, 8, 64]
+    strides, _ = ir.MemRefType(x_ref.type).get_strides_and_offset()  # of [block_m / 8, k / 64, 8, 64]
     descriptor = mma_utils.encode_descriptor(
       x_ref, leading_byte_offset=0, stride_byte_offset=strides[0] * 2, swizzle=_SWIZZLE
     )
     fragment = [mgpu.utils.bitcast(pair, i32) for pair in w.registers.flat]
     sums = None if acc is None else _scalars(acc)
+    if meta is not None:
+      (words,) = meta.registers.flat
+      meta = vector.bitcast(ir.VectorType.get((2,), i32), words)
     asm_void("wgmma.fence.sync.aligned;")
     for step in range(*k_steps):
       a = fragment[4 * step : 4 * step + 4]
-      b = arith.addi(descriptor, mgpu.c(2 * step, i64))  # 16 values are 32 bytes; the address counts sixteens
+      # In sixteens of bytes: 16 values are two, and after 64 values there is the next run of 8 rows x 64 values.
+      k = 16 * step if meta is None else 32 * step
+      b = arith.addi(descriptor, mgpu.c(k // 64 * strides[1] // 8 + k % 64 // 8, i64))
       outs = ", ".join(f"${i}" for i in range(count))
       first = count if sums is None else 2 * count
       regs = ", ".join(f"${first + i}" for i in range(4))
+      operands, kinds = [*a, b], ",r,r,r,r,l"
+      name, where = f"mma_async.sync.aligned.m64n{block_m}k16", ""
+      if meta is not None:  # a register of positions serves two steps, from two threads of four each
+        operands.append(vector.extract(meta, [], [step // 2]))
+        kinds += ",r"
+        name, where = f"mma_async.sp.sync.aligned.m64n{block_m}k32", f" ${first + 5}, {step % 2},"
       text = (
-        f"wgmma.mma_async.sync.aligned.m64n{block_m}k16.f32.{dtype}.{dtype} "
-        f"{{{outs}}}, {{{regs}}}, ${first + 4}, {0 if sums is None else 1}, 1, 1, 0;"
+        f"wgmma.{name}.f32.{dtype}.{dtype} "
+        f"{{{outs}}}, {{{regs}}}, ${first + 4},{where} {0 if sums is None else 1}, 1, 1, 0;"
       )
       tied = "" if sums is None else "," + ",".join(str(i) for i in range(count))
-      constraints = ",".join(["=f"] * count) + tied + ",r,r,r,r,l"
-      sums = asm([f32] * count, [*(sums or []), *a, b], text, constraints)
+      sums = asm([f32] * count, [*(sums or []), *operands], text, ",".join(["=f"] * count) + tied + kinds)
     asm_void("wgmma.commit_group.sync.aligned;")
     return _accumulator(sums, shape)
 
-  arg_types = (Layout.WGMMA, plgpu.RefType(X_TRANSFORMS)) + (() if acc is None else (Layout.WGMMA,))
+  args, arg_types = [w, x_smem], [Layout.WGMMA, plgpu.RefType(X_TRANSFORMS)]
+  for arg, arg_type in ((positions, POSITIONS), (acc, Layout.WGMMA)):
+    if arg is not None:
+      args.append(arg)
+      arg_types.append(arg_type)
   out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=Layout.WGMMA)
-  args = (w, x_smem) if acc is None else (w, x_smem, acc)
-  return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(issue)(*args)
+  return plgpu.inline_mgpu(arg_types=tuple(arg_types), return_type=out)(issue)(*args)
 
 
 def mma_wait(*accs):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int16
 from pallas_kernels import layout
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import RAISED, WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
+from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
 from pallas_kernels.hopper_reduce import PITCH, store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
 from pallas_kernels.problem import MatmulProblem
@@ -22,7 +22,7 @@ from pallas_kernels.problem import MatmulProblem
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
   if problem.sparse24:
-    return "it takes dense weights, not 2:4 sparse ones"
+    return "its form for 2:4 sparse weights has not run on a GPU yet"
   if jax.__version_info__ < (0, 11):
     return f"it needs JAX 0.11, this is {jax.__version__}"
   if device.platform != "cuda":
@@ -33,8 +33,9 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
     return f"x must be bfloat16 or float16, not {problem.dtype}"
   if max(problem.k * problem.n // 4, problem.m * problem.k, problem.m * problem.n) >= 2**31:
     return "an operand of 2^31 elements or more is not tested"
-  if problem.group_size != 32 and problem.group_size % 64 and problem.group_size != problem.k:
-    return f"group_size={problem.group_size} must be 32, a multiple of 64 or the whole column"
+  tile = problem.tile_k
+  if problem.group_size != tile // 2 and problem.group_size % tile and problem.group_size != problem.k:
+    return f"group_size={problem.group_size} must be {tile // 2}, a multiple of {tile} or the whole column"
   if problem.zeros and problem.group_size < min(layout.TILE, problem.k):
     return f"zero points need groups of at least {layout.TILE}, not group_size={problem.group_size}"
   return None
@@ -54,18 +55,22 @@ def _kernel(*refs, config, problem, k_tiles):
     the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
                               rows in the order of K and writes it (hopper_reduce.py)
 
+  With 2:4 sparse weights a tile of 64 columns has 128 k and 64 kept codes of each column, and the words of their
+  positions go the way of those of the codes, to the tensor cores.
+
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
-  x_gmem, w_gmem, s_gmem, *z_gmem, y_gmem, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
-  (x_smem, w_smem, s_smem, z_smem), y_smem = ring
-  c = config
-  stages, tiles = c.num_stages, c.block_k // layout.TILE
+  x_gmem, w_gmem, s_gmem, *others, y_gmem, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
+  z_gmem, meta_gmem = ([], others) if problem.sparse24 else (others, [])
+  (x_smem, w_smem, s_smem, z_smem, meta_smem), y_smem = ring
+  c, tile_k = config, problem.tile_k
+  stages, tiles = c.num_stages, c.block_k // tile_k
   tiles_each = tiles // c.warpgroups_k
   wg, nb, mb = (lax.axis_index(name) for name in ("wg", "n", "m"))
   sk = lax.axis_index("k") if c.split_k > 1 else 0
   first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
   group_size = _group_size(problem, c)
-  runs = max(1, c.block_k // group_size)  # scale groups in a step
+  runs = c.groups_per_stage(problem)
   segment = _segment(problem, c)
   dtype = problem.dtype
 
@@ -81,11 +86,12 @@ def _kernel(*refs, config, problem, k_tiles):
       def _():
         plgpu.barrier_wait(empty.at[stage])
 
-      plgpu.copy_gmem_to_smem(
-        w_gmem.at[pl.ds(nb * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)],
-        w_smem.at[stage],
-        full.at[stage],
-      )
+      for gmem, smem in ((w_gmem, w_smem), *((meta, meta_smem) for meta in meta_gmem)):
+        plgpu.copy_gmem_to_smem(
+          gmem.at[pl.ds(nb * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)],
+          smem.at[stage],
+          full.at[stage],
+        )
       plgpu.copy_gmem_to_smem(
         x_gmem.at[pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)],
         x_smem.at[stage],
@@ -117,6 +123,13 @@ def _kernel(*refs, config, problem, k_tiles):
     first_tile = part * tiles_each  # of those of a stage, this warpgroup's
 
     def fragment(stage, tile):
+      """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
+      if problem.sparse24:
+        positions = plgpu.load(meta_smem.at[stage, column_tile, first_tile + tile], layout=POSITIONS)
+        return weights(stage, tile), positions
+      return weights(stage, tile), None
+
+    def weights(stage, tile):
       with jax.named_scope("dequantize"):
         planes = [
           plgpu.load(w_smem.at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
@@ -125,12 +138,12 @@ def _kernel(*refs, config, problem, k_tiles):
         zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
         w = decode_tile(planes, dtype, zero=zero)
         if problem.zeros and not c.sum_zeros:
-          w -= of_group(z_smem, stage, tile * layout.TILE, w.shape)
-        return w * of_group(s_smem, stage, tile * layout.TILE, w.shape).astype(dtype) if c.scale_weights else w
+          w -= of_group(z_smem, stage, tile * tile_k, w.shape)
+        return w * of_group(s_smem, stage, tile * tile_k, w.shape).astype(dtype) if c.scale_weights else w
 
     def index(k, length):
       """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
-      k += first_tile * layout.TILE
+      k += first_tile * tile_k
       return k // length if c.warpgroups_k == 1 else lax.div(k, length)
 
     def of_group(ref, stage, k, shape):
@@ -146,11 +159,13 @@ def _kernel(*refs, config, problem, k_tiles):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
       partial, summed_waited = acc if c.scale_weights else None, False
       for tile in range(tiles_each):
-        x = x_smem.at[stage, :, pl.ds((first_tile + tile) * layout.TILE, layout.TILE)]
-        if group_size < layout.TILE:
-          started = [mma_issue(w, x, None, k_steps=(2 * half, 2 * half + 2)) for half in range(2)]
+        x = x_smem.at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
+        w, positions = w
+        if group_size < tile_k:
+          steps_of_half = ((0, 2), (2, 4))
+          started = [mma_issue(w, x, None, positions=positions, k_steps=steps) for steps in steps_of_half]
         else:
-          started = [mma_issue(w, x, partial)]
+          started = [mma_issue(w, x, partial, positions=positions)]
 
         def decode_next(tile=tile):
           if tile + 1 < tiles_each:
@@ -159,14 +174,14 @@ def _kernel(*refs, config, problem, k_tiles):
 
         if c.decode_ahead:
           w = decode_next()
-        end = (tile + 1) * layout.TILE
+        end = (tile + 1) * tile_k
         group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
         if c.sum_zeros and group_ends:  # before the wait for wgmma, which hides it
           if not summed_waited:
             plgpu.barrier_wait(summed.at[stage])
             summed_waited = True
           x_sums = plgpu.load(
-            sums_smem.at[stage, index(tile * layout.TILE, segment)],
+            sums_smem.at[stage, index(tile * tile_k, segment)],
             layout=plgpu.Layout.WGMMA.reduce(0),
             optimized=False,
           )
@@ -178,9 +193,9 @@ def _kernel(*refs, config, problem, k_tiles):
         elif group_ends:
           for half, sums in enumerate(done_tiles):
             if c.sum_zeros:
-              zeros = of_group(z_smem, stage, tile * layout.TILE, sums.shape).astype(jnp.float32) + RAISED[dtype]
+              zeros = of_group(z_smem, stage, tile * tile_k, sums.shape).astype(jnp.float32) + RAISED[dtype]
               sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * zeros
-            acc += sums * of_group(s_smem, stage, tile * layout.TILE + 32 * half, sums.shape).astype(jnp.float32)
+            acc += sums * of_group(s_smem, stage, tile * tile_k + tile_k // 2 * half, sums.shape).astype(jnp.float32)
           partial = None
         else:
           partial = done_tiles[0]
@@ -249,42 +264,54 @@ def matmul_hopper(
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
+  meta: Int16[Array, "N_tiles K_tiles 32 16"] | None = None,
   *,
   config: HopperConfig,
 ) -> Float[Array, "M N"]:
   """y = x @ (scales * (codes - zeros)), dequantized in registers, accumulated in float32; the same bits at every call.
 
+  2:4 sparse weights go to sparse tensor cores: x is not multiplied where a weight is pruned, not even if it is Inf.
+
   Args:
     x: bfloat16 or float16; M at least 1.
-    qweight: packed codes of 4 or 8 bits (layout.py).
+    qweight: packed codes of 4 or 8 bits (layout.py), or the kept ones (layout24.py).
     scales: G = K / group_size rows, G = 1 for one group per column.
     zeros: zero points, like scales, rounded to x's dtype; None is the middle code.
+    meta: positions of kept codes (layout24.py); None of a dense weight.
     config: block sizes; see HopperConfig.
 
   Raises:
     ValueError: neither of config's block_k and the group size divides the other, config scales weights of groups of
-      32 or sums zeros that there are not; or the stages do not fit into shared memory.
+      half a tile or sums zeros that there are not; or the stages do not fit into shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
   n_tiles, k_tiles, rows, _ = qweight.shape
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=rows // 8, zeros=zeros is not None)
+  kind = dict(bits=rows // 8, zeros=zeros is not None, sparse24=meta is not None)
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   if groups > 1 and config.block_k % problem.group_size and problem.group_size % config.block_k:
     raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
   if config.sum_zeros and (zeros is None or problem.bits != 4 or problem.group_size < min(layout.TILE, k)):
     raise ValueError(f"sum_zeros needs zero points of 4 bits and groups of at least {layout.TILE}, not {problem}")
-  if groups > 1 and problem.group_size < layout.TILE and config.scale_weights:
-    raise ValueError(f"scale_weights needs groups of at least {layout.TILE}, not group_size={problem.group_size}")
-  runs = max(1, config.block_k // _group_size(problem, config))
-  most = config.max_stages(runs, problem.bits, problem.zeros)
+  tile_k = problem.tile_k
+  if groups > 1 and problem.group_size < tile_k and config.scale_weights:
+    raise ValueError(f"scale_weights needs groups of at least {tile_k}, not group_size={problem.group_size}")
+  if config.block_k < tile_k * config.warpgroups_k * (1 + config.decode_ahead):
+    raise ValueError(f"{config} has too short a block_k for tiles of {tile_k} k")
+  runs = config.groups_per_stage(problem)
+  most = config.max_stages(problem)
   if config.num_stages > most:
-    raise ValueError(f"{config} with {runs} groups a stage and {problem.bits} bits has shared memory for {most} stages")
+    raise ValueError(f"{config} with {runs} groups a stage has shared memory for {most} stages of {problem}")
   c = config
-  tiles, planes = c.block_k // layout.TILE, problem.bits // 4
+  tiles, planes = c.block_k // tile_k, problem.bits // 4
   if -(-k_tiles // tiles) < c.split_k:
     raise ValueError(f"split_k={c.split_k} must be at most the steps of block_k={c.block_k} in K={k}")
   # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
   x = _pad(x, 8 if m > 8 else 1, layout.TILE)
-  per_group = [_pad(scales, 1, 8)] + ([] if zeros is None else [_pad(zeros.astype(x.dtype), 1, 8)])
+  others = [_pad(scales, 1, 8)]
+  if problem.zeros:
+    others.append(_pad(zeros.astype(x.dtype), 1, 8))
+  if problem.sparse24:
+    others.append(meta.reshape(n_tiles, k_tiles, 4, 128))
   SMEM, stages = plgpu.SMEM, c.num_stages
   y_dtype = jnp.dtype(jnp.float32) if c.reduces else x.dtype
   barrier = plgpu.Barrier
@@ -295,14 +322,15 @@ def matmul_hopper(
     SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
     SMEM((stages, runs, c.block_n), scales.dtype),
     SMEM((stages, runs, c.block_n) if problem.zeros else (1, 1, 8), x.dtype),
+    SMEM((stages, c.warpgroups_n, tiles, 4, 128) if problem.sparse24 else (1, 1, 1, 1, 8), jnp.int16),
   ]
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
   y = plgpu.kernel(
     functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles),
-    out_type=jax.ShapeDtypeStruct((m, per_group[0].shape[1]), x.dtype),
+    out_type=jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype),
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.many_rows else (ring, y_smem),
-      plgpu.Barrier(num_arrivals=2 + len(per_group), num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2 + len(others), num_barriers=stages),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
@@ -316,11 +344,11 @@ def matmul_hopper(
     cluster_names=("k",) if c.split_k > 1 else (),
     num_threads=c.warpgroups,
     thread_name="wg",
-    kernel_name="w4a16_hopper" if problem.bits == 4 else "w8a16_hopper",
+    kernel_name=f"w{problem.bits}a16_{'sparse24_' if problem.sparse24 else ''}hopper",
     compiler_params=plgpu.CompilerParams(
       unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
-  )(x, qweight.reshape(n_tiles, k_tiles, planes, 8, 128), *per_group)
+  )(x, qweight.reshape(n_tiles, k_tiles, planes, 8, 128), *others)
   return y[:, :n]
 
 

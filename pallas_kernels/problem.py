@@ -6,6 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import layout, layout24
 from pallas_kernels.hardware import Hardware
 
 
@@ -42,6 +43,11 @@ class MatmulProblem:
       raise ValueError(f"bits={self.bits} must be 4 or 8")
     if self.sparse24 and (self.bits != 4 or self.zeros):
       raise ValueError(f"bits={self.bits} and zeros={self.zeros} must be 4 and False where sparse24 is True")
+
+  @property
+  def tile_k(self) -> int:
+    """k of a tile of the packed layout."""
+    return layout24.K_TILE if self.sparse24 else layout.TILE
 
   @property
   def flops(self) -> int:
