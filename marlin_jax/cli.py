@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
   _add_calibration(quality, length=512)
   quality.add_argument("--output", type=Path, help="CSV file to write")
   quality.set_defaults(run=_bench_quality)
-  drawing = bench.add_parser("plot", help="draw the table of `bench matmul` or `bench quality`")
+  drawing = bench.add_parser("plot", help="draw the table of `bench matmul`, `bench quality` or `bench serve`")
   drawing.add_argument("table", type=Path)
   drawing.add_argument("image", type=Path)
   drawing.add_argument("--kind", choices=tuple(FIGURES), default="speedup")

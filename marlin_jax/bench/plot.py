@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`marlin-jax bench plot`: the tables of `bench matmul` and `bench quality` as pictures.
+"""`marlin-jax bench plot`: the tables of `bench matmul`, `bench quality` and `bench serve` as pictures.
 
-A panel for every shape of weights, or for every number of bits.
+A panel for every shape of weights, every number of bits, or TPOT and TTFT.
 """
 
 import csv
@@ -19,7 +19,7 @@ _NAMES = {"xla_int4": "4 bits, XLA's own"}
 
 
 def plot(table: Path, image: Path, kind: str = "speedup") -> None:
-  """Draws the CSV of `bench matmul`, or of `bench quality` for the kind "quality", into the PNG `image`.
+  """Draws the CSV of `bench matmul`, or of `bench quality` or `bench serve` for a kind of that name, into a PNG.
 
   Raises:
     ValueError: the table is one for another kind of picture.
@@ -30,7 +30,7 @@ def plot(table: Path, image: Path, kind: str = "speedup") -> None:
   import matplotlib.pyplot as plt
 
   rows = read_rows(table)
-  needed = "perplexity" if kind == "quality" else "speedup"
+  needed = {"quality": "perplexity", "serve": "tpot_ms"}.get(kind, "speedup")
   if not rows or needed not in rows[0]:
     raise ValueError(f"{table} has no column {needed}, which a picture of the kind {kind!r} needs")
   figure = FIGURES[kind](rows)
@@ -108,7 +108,28 @@ def quality_figure(rows: Sequence[Row]) -> Any:
   return figure
 
 
-FIGURES = {"speedup": speedup_figure, "roofline": roofline_figure, "quality": quality_figure}
+def serve_figure(rows: Sequence[Row]) -> Any:
+  """What clients wait for against the requests a second, median and 99th percentile; rows of overload are left out."""
+  import matplotlib.pyplot as plt
+
+  rows = [row for row in rows if row["refused"] == row["cancelled"] == "0"]
+  figure, panels = plt.subplots(1, 2, figsize=(7.5, 3.0))
+  for panel, time, name in zip(panels, ("tpot", "ttft"), ("a token after the first", "the first token"), strict=True):
+    for weights, of_weights in _by("weights", rows).items():
+      rates = [float(row["requests_per_second"]) for row in of_weights]
+      (line,) = panel.plot(rates, [float(row[f"{time}_ms"]) for row in of_weights], "o-", markersize=3, label=weights)
+      late = [float(row[f"{time}_p99_ms"]) for row in of_weights]
+      panel.plot(rates, late, ":", color=line.get_color(), label=f"{weights}, 99th percentile")
+    panel.set(title=f"{name}, ms", xlabel="requests a second", ylim=(0, None))
+  panels[0].legend(frameon=False, fontsize=7)
+  first = rows[0]
+  tokens = f"{first['prompt_tokens']} tokens in, {first['new_tokens']} out, {first['slots']} slots"
+  figure.suptitle(f"{first['model']}, {tokens}, {first['device']}, JAX {first['jax_version']}", fontsize=9)
+  figure.tight_layout()
+  return figure
+
+
+FIGURES = {"speedup": speedup_figure, "roofline": roofline_figure, "quality": quality_figure, "serve": serve_figure}
 
 
 def _figure(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row]], None], ylabel: str) -> Any:

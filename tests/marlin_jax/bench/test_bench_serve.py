@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from marlin_jax.bench.load import Load, apply_load, percentile
+from marlin_jax.bench.plot import plot
 from marlin_jax.bench.serve import _line, _words, _write, bench_serve, measure_serving
 from marlin_jax.bench.shapes import random_model
 from marlin_jax.models.config import ModelConfig
@@ -56,11 +57,14 @@ def test_every_request_is_accounted_for_at_a_low_load_and_at_too_high_a_one(tmp_
   assert low["mean_batch"] < high["mean_batch"] <= 2
   assert low["recompilations"] == high["recompilations"] == 0
   assert high["device_growth_mb"] < 1
-  rows = [dict(weights="bf16", bare_step_ms=1.0, tpot_over_step=row["tpot_ms"], **row) for row in (low, high)]
+  others = dict(model="small", weights="bf16", bare_step_ms=1.0, tpot_over_step=1.0, device="cpu", jax_version="0")
+  rows = [others | row for row in (low, high)]
   assert f"{low['answered']:>9}" in _line(rows[0])
   _write(rows, tmp_path / "of" / "table.csv")
   with (tmp_path / "of" / "table.csv").open() as file:
     assert [int(row["refused"]) for row in csv.DictReader(file)] == [0, high["refused"]]
+  plot(tmp_path / "of" / "table.csv", tmp_path / "picture.png", "serve")
+  assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_server_that_is_not_there_fails_every_request():
