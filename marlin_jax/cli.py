@@ -2,6 +2,7 @@
 """The command line: reads arguments, calls the package, prints errors as one sentence."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -120,14 +121,14 @@ def _parser() -> argparse.ArgumentParser:
   matmul = bench.add_parser("matmul", help="the 4-bit matmul against bfloat16")
   _add_shapes(matmul)
   matmul.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="M")
+  matmul.add_argument("--sparse24", action="store_true", help="the kernels of 2:4 sparse weights, too")
   matmul.add_argument("--output", type=Path, help="CSV file to write")
   matmul.add_argument("--tuned", type=Path, help="table of `marlin-jax tune` to use before the shipped one")
-  matmul.set_defaults(
-    run=lambda arguments: bench_matmul(_shapes(arguments), arguments.batches, arguments.output, arguments.tuned)
-  )
+  matmul.set_defaults(run=lambda a: bench_matmul(_shapes(a), a.batches, a.output, a.tuned, sparse24=a.sparse24))
   model = bench.add_parser("model", help="a whole model's prefill and decode, bfloat16 against 4 bits")
   model.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
   model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
+  model.add_argument("--sparse24", action="store_true", help="4 bits with 2:4 sparsity, too")
   model.add_argument("--group-size", type=_group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
   model.add_argument("--quantize-head", action="store_true", help="the output head in 4 bits, too")
   model.add_argument("--batches", type=int, nargs="+", default=MODEL_BATCHES, metavar="B")
@@ -227,10 +228,13 @@ def _model_name(model: str) -> str:
 
 def _bench_model(arguments: argparse.Namespace) -> None:
   quantized = QuantSpec(group_size=arguments.group_size)
+  specs = [quantized if weights == "4-bit" else None for weights in arguments.weights]
+  if arguments.sparse24:
+    specs.append(dataclasses.replace(quantized, sparse24=True))
   bench_model(
     _model_name(arguments.model),
     read_shape(arguments.model),
-    [quantized if weights == "4-bit" else None for weights in arguments.weights],
+    specs,
     arguments.batches,
     prompt_tokens=arguments.prompt_tokens,
     new_tokens=arguments.new_tokens,

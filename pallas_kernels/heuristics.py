@@ -129,6 +129,7 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
 
 # implementation -> (problem, multiprocessors) -> config
 HEURISTICS = {"hopper": hopper_config, "triton": triton_config}
+HEURISTICS_24 = {"hopper": hopper_config, "triton24": triton24_config}  # for 2:4 sparse weights
 
 
 def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> list[HopperConfig | TritonConfig]:

@@ -108,15 +108,14 @@ def matmul(
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
     return reference.matmul_reference(x, qweight, scales, zeros, meta)
-  # Interpret mode computes what any config computes: no table is for it. Nor are there any for 2:4 sparse weights.
-  if implementation == "triton24":
-    config = heuristics.triton24_config(problem, device.num_sms)
-    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, config=config, interpret=interpret)
+  # Interpret mode computes what any config computes: no table is for it.
   config = (
-    heuristics.HEURISTICS[implementation](problem, device.num_sms)
-    if interpret or problem.sparse24
+    heuristics.triton_config(problem, device.num_sms)
+    if interpret and not problem.sparse24
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
+  if implementation == "triton24":
+    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, config=config, interpret=interpret)
   if implementation == "hopper":
     return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, config=config)
   return triton_matmul.matmul_triton(x, qweight, scales, zeros, config=config, interpret=interpret)

@@ -99,13 +99,17 @@ def config_for(
 ) -> Config:
   """The config of `implementation` for `problem`: the user's table, then the shipped one, then heuristics.
 
+  For 2:4 sparse weights there are no tables.
+
   Args:
-    implementation: "hopper" or "triton".
+    implementation: "hopper", "triton" or "triton24".
     tuned: a table of the user's; None takes the one that the environment variable MARLIN_JAX_TUNED names, if it does.
 
   Raises:
     ValueError: a table does not parse, or the user's is for another kind of device.
   """
+  if problem.sparse24:
+    return heuristics.HEURISTICS_24[implementation](problem, device.num_sms)
   user = tuned or os.environ.get(ENVIRONMENT)
   tables = []
   if user:

@@ -8,7 +8,7 @@ import datetime
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from marlin_jax.bench.operands import check, random_weights, random_x
 from marlin_jax.bench.operands import expected as _reference
 from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_ceilings
-from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, current_device, layout, matmul
+from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device, layout, matmul
 from pallas_kernels.tuning import Config, config_for
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
@@ -28,7 +28,12 @@ _TOLERANCE = 1.05  # a figure this far beyond the measured ceilings is a measuri
 
 
 def bench_matmul(
-  shapes: Sequence[tuple[int, int]], batches: Sequence[int], output: Path | None, tuned: Path | None = None
+  shapes: Sequence[tuple[int, int]],
+  batches: Sequence[int],
+  output: Path | None,
+  tuned: Path | None = None,
+  *,
+  sparse24: bool = False,
 ) -> None:
   """Measures every shape at every batch size, with every kernel there is for this GPU; prints rows and writes a CSV.
 
@@ -40,6 +45,7 @@ def bench_matmul(
     shapes: (K, N) of the weights.
     output: the CSV to write.
     tuned: a table of configs that goes before the shipped one.
+    sparse24: measure the kernels of 2:4 sparse weights, too; "NAME, 2:4" in the table, their limit is their own.
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU; a CPU timing says nothing about a kernel.
@@ -53,41 +59,34 @@ def bench_matmul(
   print("     K      N     M  kernel        us  limit us of limit  bf16 us speed-up  error")
   rows = []
   for k, n in shapes:
-    problems = [MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16)) for m in batches]
-    packed, dense = _weights(k, n), _dense(k, n)
-    xs = [random_x(problem) for problem in problems]
-    kernels = [
-      name for name, reason in IMPLEMENTATIONS.items() if name != "reference" and not reason(problems[0], device)
-    ]
-    weights = dict.fromkeys(kernels, packed) | {XLA_INT4: [(_int4(q, k, n), scales) for q, scales in packed]}
-    functions = {name: functools.partial(matmul, implementation=name, tuned=tuned) for name in kernels}
+    xs = [random_x(_problem(m, n, k)) for m in batches]
+    dense = _dense(k, n)
+    contestants = _contestants(k, n, device, tuned, sparse24)
     # Before anything is measured: compiling runs programs on the GPU too, to choose among them.
     products = _compile(jnp.dot, xs, dense[0])
-    compiled = {
-      name: _compile(function, xs, *weights[name][0]) for name, function in (functions | {XLA_INT4: _xla_int4}).items()
-    }
-    for i, (x, problem) in enumerate(zip(xs, problems, strict=True)):
-      limit = max(problem.bytes / bytes_per_second, problem.flops / flops_per_second)
+    compiled = [_compile(contestant.function, xs, *contestant.weights[0]) for contestant in contestants]
+    for i, (m, x) in enumerate(zip(batches, xs, strict=True)):
       bf16_time = kernel_time(products[i], [(x, w) for w in dense])
-      want = np.asarray(_reference(x, *packed[0]))
-      for name, function in compiled.items():
-        what = f"{name}, K={k} N={n} M={problem.m}"
+      for c, programs in zip(contestants, compiled, strict=True):
+        problem = _problem(m, n, k, sparse24=c.sparse24)
+        limit = max(problem.bytes / bytes_per_second, problem.flops / flops_per_second)
+        what = f"{c.label}, K={k} N={n} M={m}"
         try:
-          error = check(np.asarray(function[i](x, *weights[name][0])), want)
+          error = check(np.asarray(programs[i](x, *c.weights[0])), np.asarray(_reference(x, *c.packed)))
         except ArithmeticError as wrong:
           raise RuntimeError(f"{what}: {wrong}") from None
-        time = kernel_time(function[i], [(x, *w) for w in weights[name]])
+        time = kernel_time(programs[i], [(x, *w) for w in c.weights])
         if time * _TOLERANCE < limit:
           raise RuntimeError(f"{what}: {time * 1e6:.1f} us is below the limit, {limit * 1e6:.1f} us")
-        config = "" if name == XLA_INT4 else _text(config_for(name, problem, device, tuned=tuned))
+        config = "" if c.label == XLA_INT4 else _text(config_for(c.implementation, problem, device, tuned=tuned))
         rows.append(
           dict(
             k=k,
             n=n,
-            m=problem.m,
+            m=m,
             group_size=GROUP_SIZE,
             dtype="bfloat16",
-            implementation=name,
+            implementation=c.label,
             config=config,
             time_us=f"{time * 1e6:.2f}",
             limit_us=f"{limit * 1e6:.2f}",
@@ -105,6 +104,45 @@ def bench_matmul(
       _write(output, rows)
   if len(shapes) > 1:
     print("\n".join(_sums(rows)))
+
+
+class Contestant(NamedTuple):
+  """A kernel, or XLA's own product, and what it multiplies.
+
+  Attributes:
+    label: its name in the table.
+    weights: what `function` takes after x, as often as it takes to be cold in L2.
+    packed: the first of them as the reference takes it.
+  """
+
+  label: str
+  implementation: str
+  sparse24: bool
+  function: Callable[..., Array]
+  weights: list[tuple[Array | None, ...]]
+  packed: tuple[Array | None, ...]
+
+
+def _contestants(k: int, n: int, device: Device, tuned: Path | None, sparse24: bool) -> list[Contestant]:
+  """All kernels for weights of this shape on the device, and XLA's int4."""
+  found = []
+  for sparse in (False, True)[: 1 + sparse24]:
+    problem = _problem(1, n, k, sparse24=sparse)
+    weights = random_weights(problem)
+    for name, reason in IMPLEMENTATIONS.items():
+      if name == "reference" or reason(problem, device):
+        continue
+      label = f"{name.removesuffix('24')}, 2:4" if sparse else name
+      function = functools.partial(matmul, implementation=name, tuned=tuned)
+      found.append(Contestant(label, name, sparse, function, weights, weights[0]))
+    if not sparse:
+      codes = [(_int4(qweight, k, n), scales) for qweight, scales in weights]
+      found.append(Contestant(XLA_INT4, XLA_INT4, False, _xla_int4, codes, weights[0]))
+  return found
+
+
+def _problem(m: int, n: int, k: int, *, sparse24: bool = False) -> MatmulProblem:
+  return MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16), sparse24=sparse24)
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -127,7 +165,7 @@ def _xla_int4(x: Array, codes: Array, scales: Array) -> Array:
   return jnp.dot(x, (grouped * scales[:, None]).reshape(codes.shape))
 
 
-def _compile(function: Callable[..., Array], xs: Sequence[Array], *weight: Array) -> list[Any]:
+def _compile(function: Callable[..., Array], xs: Sequence[Array], *weight: Array | None) -> list[Any]:
   """The function compiled for each x, in as many threads as there are processors."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return list(pool.map(lambda x: jax.jit(function).lower(x, *weight).compile(), xs))
@@ -135,10 +173,6 @@ def _compile(function: Callable[..., Array], xs: Sequence[Array], *weight: Array
 
 def _text(config: Config) -> str:
   return " ".join(f"{field}={value}" for field, value in dataclasses.asdict(config).items())
-
-
-def _weights(k: int, n: int) -> list[tuple[Array, ...]]:
-  return random_weights(MatmulProblem(m=1, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16)))
 
 
 def _dense(k: int, n: int) -> list[Array]:

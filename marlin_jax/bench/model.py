@@ -69,7 +69,7 @@ def bench_model(
   print("weights  batch  step ms  floor  ratio  tokens/s  speed-up  first ms  compile s")
   rows: list[dict[str, Any]] = []
   for spec in specs:
-    weights = "bf16" if spec is None else f"{spec.bits}-bit"
+    weights = "bf16" if spec is None else f"{spec.bits}-bit" + (", 2:4" if spec.sparse24 else "")
     size = nbytes(abstract_model(config, spec, quantize_head=quantize_head))
     room = jax.local_devices()[0].memory_stats()["bytes_limit"]
     if size > 0.95 * room:

@@ -50,7 +50,7 @@ def speedup_figure(rows: Sequence[Row]) -> Any:
 
   def draw(panel: Any, shape_rows: Sequence[Row]) -> None:
     batches = sorted({int(row["m"]) for row in shape_rows})
-    limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in shape_rows}
+    limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in shape_rows if not _sparse(row)}
     panel.plot(batches, [limits[m] for m in batches], "--", color="gray", label="limit")
     for name, of_name in _by("implementation", shape_rows).items():
       line = [(int(row["m"]), float(row["speedup"])) for row in of_name]
@@ -159,4 +159,8 @@ def _by(column: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _problem(row: Row) -> MatmulProblem:
   sizes = {name: int(row[name]) for name in ("m", "n", "k", "group_size")}
-  return MatmulProblem(**sizes, dtype=jnp.dtype(row["dtype"]))
+  return MatmulProblem(**sizes, dtype=jnp.dtype(row["dtype"]), sparse24=_sparse(row))
+
+
+def _sparse(row: Row) -> bool:
+  return row["implementation"].endswith("2:4")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from marlin_jax.bench.operands import random_meta
 from marlin_jax.checkpoint.folder import read_json
 from marlin_jax.convert import keep_head
 from marlin_jax.models.config import ModelConfig
@@ -123,6 +124,8 @@ def nbytes(model: Decoder) -> int:
 @functools.partial(jax.jit, static_argnames=("leaf", "shape", "dtype"))
 def _random_leaf(seed: int | Array, leaf: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
   key = jax.random.key(seed)
+  if leaf == "meta":
+    return random_meta(key, shape)
   if leaf == "qweight":
     return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint16), jnp.int16)
   if leaf == "scales":

@@ -14,7 +14,7 @@ from marlin_jax.bench import operands
 from marlin_jax.bench.matmul import bench_matmul
 from marlin_jax.bench.plot import plot, read_rows, roofline_figure
 from marlin_jax.bench.timing import copies_for_cold_l2
-from pallas_kernels import Device, MatmulProblem, layout
+from pallas_kernels import Device, MatmulProblem, layout, layout24
 from pallas_kernels.reference import matmul_reference
 
 
@@ -78,6 +78,16 @@ def test_random_weights_are_what_the_problem_asks_for(monkeypatch):
   assert zeros.shape == scales.shape and 128 < float(zeros.max()) < 256
 
 
+def test_random_2_4_sparse_weights_are_sound(monkeypatch):
+  monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 2)
+  problem = MatmulProblem(m=1, n=192, k=256, group_size=64, dtype=jnp.dtype(jnp.float16), sparse24=True)
+  (qweight, _, zeros, meta), other = operands.random_weights(problem)
+  assert zeros is None and layout24.meta_is_sound(meta) and not (meta == other[3]).all()
+  assert set(np.unique(layout24._nibbles_of(meta))) == set(layout24.POSITIONS)
+  codes = layout24.unpack_codes(qweight, meta, 256, 192)
+  assert not layout24.surplus(codes).any() and set(np.unique(codes)) == set(range(16))
+
+
 def test_xla_int4_computes_the_same_product(monkeypatch):
   monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 1)
   problem = MatmulProblem(m=5, n=192, k=256, group_size=128, dtype=jnp.dtype(jnp.bfloat16))
@@ -102,8 +112,8 @@ def on_an_h200(monkeypatch):
   def timed(name, compiled, *arguments):
     return compiled(*arguments)
 
-  def matmul(x, qweight, scales, *, implementation, tuned):
-    return matmul_reference(x, qweight, scales)
+  def matmul(x, qweight, scales, zeros=None, meta=None, *, implementation, tuned):
+    return matmul_reference(x, qweight, scales, zeros, meta)
 
   monkeypatch.setattr(bench, "_compile", named)
   monkeypatch.setattr(bench, "matmul", matmul)
@@ -125,6 +135,16 @@ def test_a_table_of_all_there_is(on_an_h200, tmp_path, capsys):
   assert {row["speedup"] for row in rows} == {"3.00", "0.40"}
   assert rows[0]["config"].startswith("block_m=") and rows[-1]["config"] == ""
   assert "all shapes, M=16: triton 8.0 us, bfloat16 24.0 us, speed-up 3.00" in capsys.readouterr().out
+
+
+def test_2_4_sparse_kernels_stand_beside_the_dense_ones(on_an_h200, tmp_path):
+  table = tmp_path / "table.csv"
+  bench_matmul([(8192, 384)], [1, 16], table, sparse24=True)
+  rows = {(row["m"], row["implementation"]): row for row in read_rows(table)}
+  dense, sparse = rows["1", "triton"], rows["1", "triton, 2:4"]
+  assert float(sparse["limit_us"]) < 0.85 * float(dense["limit_us"])
+  for kind in ("speedup", "roofline"):
+    plot(table, tmp_path / f"{kind}.png", kind)
 
 
 def test_a_time_beyond_the_ceilings_fails_the_run(on_an_h200, tmp_path):
