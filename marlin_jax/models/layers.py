@@ -69,6 +69,8 @@ def attend(
   # A finite bias: a row that sees nothing (a padding token beyond the cache) stays finite instead of turning to NaN.
   scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  # What an earlier request left in the cache may be NaN or Inf, and zero times that is NaN.
+  values = jnp.where(visible.any(axis=1)[:, :, None, None], values, 0)
   return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, heads * head_dim)
 
 

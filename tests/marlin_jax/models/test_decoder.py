@@ -92,6 +92,18 @@ def test_rows_of_different_lengths_share_a_cache(windows):
   np.testing.assert_allclose(logits[1], full[1, 2:6], atol=1e-5)
 
 
+@pytest.mark.parametrize("left", [np.nan, np.inf])
+def test_what_an_earlier_request_left_in_the_cache_is_not_seen(left):
+  model = tiny()
+
+  def hidden(filled_with):
+    cache = jax.tree.map(lambda a: jnp.full_like(a, filled_with), KVCache.empty(model.config, 1, 9, jnp.float32))
+    _, cache = model.hidden(jnp.asarray([[3, 1, 4]]), jnp.zeros(1, jnp.int32), cache)
+    return model.hidden(jnp.asarray([[1]]), jnp.asarray([3]), cache)[0]
+
+  np.testing.assert_array_equal(hidden(left), hidden(0.0))
+
+
 def test_a_later_token_never_changes_an_earlier_logit():
   model = tiny()
   tokens = jnp.arange(8)[None]
