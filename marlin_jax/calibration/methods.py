@@ -135,7 +135,6 @@ class Awq:
 
 
 _quantize_rtn = jax.jit(quantize_rtn, static_argnames=("spec", "scale_dtype", "search"))
-_pack = jax.jit(pack)
 
 
 @jax.jit
@@ -159,7 +158,7 @@ def _chosen_readers(chosen: Collection[Path]) -> list[Sequence[Path]]:
 
 def _replace(layer: Any, path: Path, tensor: QuantizedTensor) -> None:
   linear = find(layer, path)
-  setattr(find(layer, path[:-1]), path[-1], QuantLinear.from_packed(_pack(tensor), linear.bias, dtype=linear.dtype))
+  setattr(find(layer, path[:-1]), path[-1], QuantLinear.from_packed(pack(tensor), linear.bias, dtype=linear.dtype))
 
 
 def _widen(linear: nnx.Linear) -> Any:
