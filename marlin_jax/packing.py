@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes <-> kernel order: pure JAX, jit-able, exact in both directions on any device."""
+"""Codes <-> kernel order: jit-compiled, exact in both directions on any device."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -129,6 +129,7 @@ class QuantizedTensor(_CheckedPytree):
     """Consecutive k that share a scale; K itself for one group per column."""
     return self.codes.shape[0] // self.scales.shape[0]
 
+  @jax.jit
   def dequantize(self) -> Float32[Array, "K N"]:
     """The weight these codes stand for, rows in the order of the input features, in float32."""
     w = reference.dequantize(self.codes, self.scales, self.zeros, self.bits)

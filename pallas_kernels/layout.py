@@ -28,6 +28,8 @@ N is padded to a multiple of 64 and K to one of 128 with codes that stand for ze
 time; the logical sizes are those of `scales` and `x`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,9 @@ _TILE_AXES = dict(k_tile=0, j=1, half=2, quad=3, e=4, n_tile=5, warp=6, odd=7, l
 _WORD_AXES = ("n_tile", "k_tile", "warp", "lane", "quad", "j", "e", "half", "odd")
 
 
+@partial(jax.jit, static_argnames=("bits",))
 def pack_codes(codes: UInt8[Array, "K N"], bits: int = 4) -> Int16[Array, "N_tiles K_tiles rows 32"]:
-  """Packs codes 0 .. 2^bits - 1 into kernel order; pure jnp, jit-able. Larger ones are the caller's mistake.
+  """Packs codes 0 .. 2^bits - 1 into kernel order; jit-compiled. Larger ones are the caller's mistake.
 
   Returns:
     int16 words of shape `qweight_shape(K, N, bits)`; the padding holds the code of zero.
@@ -87,8 +90,9 @@ def pack_codes(codes: UInt8[Array, "K N"], bits: int = 4) -> Int16[Array, "N_til
   return jnp.concatenate([_pack_nibbles(codes >> 4), _pack_nibbles(codes & 15)], axis=2)
 
 
+@partial(jax.jit, static_argnames=("k", "n"))
 def unpack_codes(qweight: Int16[Array, "N_tiles K_tiles rows 32"], k: int, n: int) -> UInt8[Array, "K N"]:
-  """The codes of a packed [k, n] weight, 4 or 8 bits by the buffer's shape: the inverse of `pack_codes`; jit-able.
+  """The codes of a packed [k, n] weight, 4 or 8 bits by the buffer's shape: the inverse of `pack_codes`; jit-compiled.
 
   Raises:
     ValueError: the buffer is not that of a [k, n] weight.

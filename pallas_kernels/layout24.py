@@ -28,6 +28,8 @@ confirmed on hardware yet.
 N is padded to a multiple of 64 and K to one of 256, with quads of zeros at positions 0 and 1.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,17 +81,19 @@ def meta_shape(k: int, n: int) -> tuple[int, int, int, int]:
   return *qweight_shape(k, n)[:3], 16
 
 
+@jax.jit
 def surplus(codes: UInt8[Array, "K N"]) -> Bool[Array, "K N"]:
-  """Which codes keep the weight from being 2:4: those that are not 8 after two others in their quad; jit-able."""
+  """Which codes keep the weight from being 2:4: those that are not 8 after two others in their quad; jit-compiled."""
   k, n = codes.shape
   nonzero = _quads(codes) != ZERO_CODE
   return (nonzero & (jnp.cumsum(nonzero, axis=1, dtype=jnp.uint8) > 2)).reshape(-1, n)[:k]
 
 
+@jax.jit
 def pack_codes(
   codes: UInt8[Array, "K N"],
 ) -> tuple[Int16[Array, "N_tiles K_tiles 32 32"], Int16[Array, "N_tiles K_tiles 32 16"]]:
-  """Packs 2:4 sparse codes 0 .. 15 into kernel order; pure jnp, jit-able. A third code of a quad would be lost.
+  """Packs 2:4 sparse codes 0 .. 15 into kernel order; jit-compiled. A third code of a quad would be lost.
 
   Returns:
     qweight and meta, of shapes `qweight_shape(K, N)` and `meta_shape(K, N)`.
@@ -102,10 +106,11 @@ def pack_codes(
   return layout.pack_codes(jnp.take_along_axis(quads, places, axis=1).reshape(-1, n)), _pack_nibbles(nibbles, k, n)
 
 
+@partial(jax.jit, static_argnames=("k", "n"))
 def unpack_codes(
   qweight: Int16[Array, "N_tiles K_tiles 32 32"], meta: Int16[Array, "_ _ 32 16"], k: int, n: int
 ) -> UInt8[Array, "K N"]:
-  """The codes of a packed [k, n] weight, pruned ones too: the inverse of `pack_codes`; jit-able.
+  """The codes of a packed [k, n] weight, pruned ones too: the inverse of `pack_codes`; jit-compiled.
 
   Raises:
     ValueError: the buffers are not those of a [k, n] weight.
@@ -124,6 +129,7 @@ def expand(first: Array, second: Array, nibbles: UInt8[Array, "quads 1 N"], zero
   return jnp.where(places == nibbles & 3, first, jnp.where(places == nibbles >> 2, second, zero))
 
 
+@jax.jit
 def meta_is_sound(meta: Int16[Array, "N_tiles K_tiles 32 16"]) -> Bool[Array, ""]:
   """Whether every nibble is two distinct positions in ascending order; others are undefined on sparse tensor cores."""
   nibbles = _nibbles_of(meta)

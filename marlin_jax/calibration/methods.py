@@ -17,8 +17,8 @@ from jaxtyping import Array, Float32
 
 from marlin_jax.calibration.inputs import LayerInputs, Moments, Path, find
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.packing import pack
-from marlin_jax.quantized import QuantizedTensor, QuantSpec
+from marlin_jax.packing import pack, split, unpack
+from marlin_jax.quantized import Packed, QuantizedTensor, QuantSpec
 from marlin_jax.quantizers.awq import output_error, search_awq_scales
 from marlin_jax.quantizers.gptq import quantize_gptq
 from marlin_jax.quantizers.rtn import quantize_rtn
@@ -79,19 +79,19 @@ class Gptq:
     done = []
     for paths in _chosen_readers(chosen):
       (moments,) = inputs.moments(layer, paths[:1])
-      for path in paths:
-        linear = find(layer, path)
-        kernel = linear.kernel[...]
-        w = kernel.astype(jnp.float32)
-        tensor, damping = quantize_gptq(
-          w, moments.gram, spec, damping=self.damping, act_order=self.act_order, scale_dtype=kernel.dtype
-        )
-        damping = float(damping)
-        if not np.isfinite(damping):
-          raise ValueError(f"{path[-1]}: no damping makes what it reads on the calibration text a matrix to invert")
-        note = None if np.isclose(damping, self.damping) else f"damping raised from {self.damping:g} to {damping:g}"
-        done.append(Quantized(path, _error(w, tensor, moments.gram), note))
-        _replace(layer, path, tensor)
+      kernels = [find(layer, path).kernel[...] for path in paths]
+      # The columns of a weight are rounded apart from each other, so layers that read the same x are one weight.
+      tensor, damping = quantize_gptq(
+        jnp.concatenate(kernels, axis=1), moments.gram, spec, damping=self.damping, act_order=self.act_order
+      )
+      damping = float(damping)
+      if not np.isfinite(damping):
+        raise ValueError(f"{paths[0][-1]}: no damping makes what it reads on the calibration text a matrix to invert")
+      note = None if np.isclose(damping, self.damping) else f"damping raised from {self.damping:g} to {damping:g}"
+      parts = split(pack(tensor), [kernel.shape[1] for kernel in kernels])
+      for path, kernel, part in zip(paths, kernels, parts, strict=True):
+        done.append(Quantized(path, _error(kernel, unpack(part), moments.gram), note))
+        _replace(layer, path, part)
     return done
 
 
@@ -119,7 +119,7 @@ class Awq:
       w, gram = linear.kernel[...], grams[path]
       tensor = _quantize_rtn(w, spec, scale_dtype=dtype, importance=jnp.diag(gram))
       done.append(Quantized(path, _error(w, tensor, gram), None))
-      _replace(layer, path, tensor)
+      _replace(layer, path, pack(tensor))
     return done
 
   def _scales(self, layer, readers: Readers, moments: Moments, chosen, spec) -> Float32[Array, " K"]:
@@ -135,7 +135,6 @@ class Awq:
 
 
 _quantize_rtn = jax.jit(quantize_rtn, static_argnames=("spec", "scale_dtype", "search"))
-_pack = jax.jit(pack)
 
 
 @jax.jit
@@ -157,9 +156,9 @@ def _chosen_readers(chosen: Collection[Path]) -> list[Sequence[Path]]:
   return [of_readers for of_readers in paths if of_readers]
 
 
-def _replace(layer: Any, path: Path, tensor: QuantizedTensor) -> None:
+def _replace(layer: Any, path: Path, packed: Packed) -> None:
   linear = find(layer, path)
-  setattr(find(layer, path[:-1]), path[-1], QuantLinear.from_packed(_pack(tensor), linear.bias, dtype=linear.dtype))
+  setattr(find(layer, path[:-1]), path[-1], QuantLinear.from_packed(packed, linear.bias, dtype=linear.dtype))
 
 
 def _widen(linear: nnx.Linear) -> Any:

@@ -40,6 +40,9 @@ def decode(words):
   return unpack_words(words, 1).reshape(rows, columns, 8)[:, :, _FIELD].reshape(rows, 8 * columns)
 
 
+_decode = jax.jit(decode)
+
+
 class AwqLayers(QuantizedLayers):
   """The quantized layers of an AWQ checkpoint.
 
@@ -66,7 +69,7 @@ class AwqLayers(QuantizedLayers):
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
     qweight, qzeros = (read_integers(self.checkpoint, f"{name}.{leaf}", np.int32) for leaf in ("qweight", "qzeros"))
     scales = read_scales(self.checkpoint, f"{name}.scales", device)
-    return packed(decode(jax.device_put(qweight, device)), scales, decode(qzeros))
+    return packed(_decode(jax.device_put(qweight, device)), scales, decode(qzeros))
 
 
 _KEYS = (("bits", "w_bit"), ("group_size", "q_group_size"))  # the second names are those of old quant_config.json files

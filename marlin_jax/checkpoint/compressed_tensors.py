@@ -21,6 +21,7 @@ order "static" (or "weight") is one in which the quantizer worked and leaves no 
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ _FORMAT = "pack-quantized"
 _GROUPED = ("group", "dynamic")  # values of actorder that leave groups scattered along k
 
 
+@partial(jax.jit, static_argnames=("bits",))
 def decode(weight_packed: Int32[Array, "N K_words"], bits: int = 4) -> UInt8[Array, "K N"]:
   """The codes in `weight_packed`, 32 / bits along k in a word; transposed."""
   return unpack_words(weight_packed, 1, bits).T
@@ -170,7 +172,7 @@ class CompressedTensorsLayers(QuantizedLayers):
     groups = spec.groups(k)
     permutation = act_order(self.checkpoint, g_idx, k, groups) if name in self._act_order else None
     weight_packed = read_integers(self.checkpoint, f"{name}.weight_packed", np.int32)
-    scales = read_scales(self.checkpoint, f"{name}.weight_scale", device).T
+    scales = read_scales(self.checkpoint, f"{name}.weight_scale", device, transpose=True)
     zeros = None if spec.symmetric else self._read_zeros(name, n, groups).T
     return packed(decode(jax.device_put(weight_packed, device), spec.bits), scales, zeros, permutation, spec.bits)
 

@@ -22,6 +22,7 @@ the same order at run time. Version 2 stores the zero points themselves, version
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ from pallas_kernels.layout import zero_code
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
 
 
+@partial(jax.jit, static_argnames=("bits",))
 def decode(qweight: Int32[Array, "K_words N"], bits: int = 4) -> UInt8[Array, "K N"]:
   """The codes in `qweight`, 32 / bits along k in a word."""
   return unpack_words(qweight, 0, bits)

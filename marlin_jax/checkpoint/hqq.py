@@ -13,11 +13,13 @@
 A kernel rounds code - zero to the dtype of x; without a GPU nothing is rounded.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from marlin_jax.checkpoint.folder import CheckpointError
 from marlin_jax.checkpoint.layers import (
@@ -40,6 +42,16 @@ _SETTINGS = (
   *("compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "round_zero", "stores_quant_config"),
   "unpack_view_dtype",
 )
+
+
+@partial(jax.jit, static_argnames=("bits", "n"))
+def decode(
+  rows: UInt8[Array, "rows g"], scales: Float[Array, "runs 1"], bits: int, n: int
+) -> tuple[UInt8[Array, "K N"], Float[Array, "G N"]]:
+  """The codes and scales of a layer with n outputs."""
+  if bits == 4:
+    rows = jnp.concatenate([rows >> 4, rows & 15])
+  return rows.reshape(n, -1).T, scales.reshape(n, -1).T
 
 
 class HqqLayers(QuantizedLayers):
@@ -66,12 +78,10 @@ class HqqLayers(QuantizedLayers):
     if shape != (n, k):
       raise CheckpointError(f"{self.checkpoint.folder}: tensor {name}.shape holds {shape}, must hold {(n, k)}")
     bits, groups = self[name].bits, self[name].groups(k)
-    rows = jax.device_put(read_integers(self.checkpoint, f"{name}.W_q", np.uint8), device)
-    if bits == 4:
-      rows = jnp.concatenate([rows >> 4, rows & 15])
-    scales = read_scales(self.checkpoint, f"{name}.scale", device).reshape(n, groups).T
+    rows = read_integers(self.checkpoint, f"{name}.W_q", np.uint8)
+    codes, scales = decode(rows, read_scales(self.checkpoint, f"{name}.scale", device), bits, n)
     zeros = np.asarray(read_float(self.checkpoint, f"{name}.zero", None, device), np.float32).reshape(n, groups).T
-    return packed(rows.reshape(n, k).T, scales, zeros, None, bits)
+    return packed(codes, scales, zeros, None, bits)
 
 
 def _spec(checkpoint: Checkpoint, name: str) -> QuantSpec:

@@ -88,8 +88,8 @@ def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dty
   filled = []
   for path, variable in nnx.to_flat_state(state):
     if not isinstance(variable, QuantParam):
-      array = read_float(checkpoint, tensor_name(path), dtype, device)
-      variable = variable.replace(array.T if path[-1] == "kernel" else array)
+      transpose = path[-1] == "kernel"
+      variable = variable.replace(read_float(checkpoint, tensor_name(path), dtype, device, transpose=transpose))
     filled.append((path, variable))
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 

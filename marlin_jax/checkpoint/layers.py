@@ -2,6 +2,7 @@
 """What the quantized formats share: which layers of a checkpoint are quantized, and how their tensors are read."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,7 +102,9 @@ def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:
   return list(dict.fromkeys(layer for layer, _, leaf in parts if leaf in leaves))
 
 
-def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device) -> jax.Array:
+def read_float(
+  checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device, *, transpose: bool = False
+) -> jax.Array:
   """One floating-point tensor on `device`, as `dtype` (None: as stored).
 
   Raises:
@@ -110,22 +113,30 @@ def read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, devic
   tensor = checkpoint[name]
   if tensor.dtype not in (jnp.bfloat16, np.float16, np.float32):
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be bfloat16, float16 or float32")
-  array = jax.device_put(tensor, device).astype(tensor.dtype if dtype is None else dtype)
-  if not jnp.isfinite(array).all():
+  dtype = tensor.dtype if dtype is None else np.dtype(dtype)
+  array, finite = _cast(jax.device_put(tensor, device), dtype=dtype, transpose=transpose)
+  if not finite:
     raise CheckpointError(
       f"{checkpoint.folder}: tensor {name} has NaN or infinite values as {array.dtype}, must be finite"
     )
   return array
 
 
-def read_scales(checkpoint: Checkpoint, name: str, device) -> jax.Array:
+@partial(jax.jit, static_argnames=("dtype", "transpose"))
+def _cast(tensor: jax.Array, *, dtype: np.dtype, transpose: bool) -> tuple[jax.Array, jax.Array]:
+  """The tensor as it is wanted, and whether all of it is finite: one compiled program for a shape."""
+  array = tensor.astype(dtype)
+  return array.T if transpose else array, jnp.isfinite(array).all()
+
+
+def read_scales(checkpoint: Checkpoint, name: str, device, *, transpose: bool = False) -> jax.Array:
   """Scales of another tool's checkpoint, in the dtype they are stored in.
 
   Raises:
     CheckpointError: as for `read_float`, and if one is zero: its group would be lost.
   """
-  scales = read_float(checkpoint, name, None, device)
-  if not scales.all():
+  scales = read_float(checkpoint, name, None, device, transpose=transpose)
+  if not checkpoint[name].all():
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} has zeros, scales must not be zero")
   return scales
 

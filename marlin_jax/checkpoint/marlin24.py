@@ -122,7 +122,10 @@ class Marlin24Layers(QuantizedLayers):
         f"{self.checkpoint.folder}: tensor {name}.meta has positions {first} and {second} for "
         f"k={4 * quad}..{4 * quad + 3}, n={column}, must have two ascending ones"
       )
-    words = jax.device_put(read_integers(self.checkpoint, f"{name}.weight_packed", np.int32), device)
+    words = read_integers(self.checkpoint, f"{name}.weight_packed", np.int32)
     scales = read_scales(self.checkpoint, f"{name}.scale_packed", device)
-    codes, scales = decode(words, jax.device_put(nibbles, device), scales, bits=bits)
-    return pack24(QuantizedTensor(codes=codes, scales=scales)) if bits == 4 else packed(codes, scales, bits=bits)
+    codes, scales = decode(words, nibbles, scales, bits=bits)
+    if bits == 8:
+      return packed(codes, scales, bits=bits)
+    # In a trace pack24 does not look whether the codes are 2:4; their positions say so.
+    return jax.jit(pack24)(QuantizedTensor(codes=codes, scales=scales))

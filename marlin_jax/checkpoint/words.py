@@ -41,11 +41,8 @@ def packed(
   """
   if zeros is not None and (zeros == zero_code(bits)).all():
     zeros = None
-  device = codes.device
-  if zeros is not None:
-    zeros = jax.device_put(np.asarray(zeros, np.float32), device).astype(scales.dtype)
   if permutation is not None:
-    permutation = jax.device_put(permutation.astype(np.int32), device)
+    permutation = permutation.astype(np.int32)
   return _packed(codes, scales, zeros, permutation, bits=bits)
 
 
@@ -53,4 +50,6 @@ def packed(
 def _packed(codes, scales, zeros, permutation, *, bits) -> PackedTensor:
   if permutation is not None:
     codes = jnp.take(codes, permutation, axis=0)
+  if zeros is not None:
+    zeros = zeros.astype(jnp.float32).astype(scales.dtype)
   return pack(QuantizedTensor(codes=codes, scales=scales, zeros=zeros, permutation=permutation, bits=bits))
