@@ -55,12 +55,12 @@ def _parser() -> argparse.ArgumentParser:
   symmetry = quantize.add_mutually_exclusive_group()
   symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=None, help="no zero points")
   symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
-  quantize.add_argument("--sparse24", action="store_true", help="rtn: keep two of every four weights, the largest")
+  quantize.add_argument("--sparse24", action="store_true", help="keep two of every four weights; rtn, wanda, gptq")
   quantize.add_argument(
     "--method",
     choices=(*QUANTIZERS, *CALIBRATED),
     default="rtn",
-    help="rtn (default) and hqq need no data; gptq and awq read text",
+    help="rtn (default) and hqq need no data; gptq, awq and wanda, which is for --sparse24, read text",
   )
   quantize.add_argument("--act-order", action="store_true", help="gptq: groups of features with similar inputs")
   quantize.add_argument(

@@ -7,11 +7,12 @@ A mask is True where a weight is kept, two of every four:
     Wanda       |w[k, n]| * norms[k]           the largest contributions to the outputs, norms[k] = ||x[:, k]||_2
                                                (Sun et al., arXiv 2306.11695, section 3)
 
+SparseGPT chooses while it corrects what is left, row by row, and is part of GPTQ (quantizers/gptq.py).
 Pruned weights are zero before the scales are searched, so scales fit what is left, and zero is the middle code.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 from marlin_jax.quantized import QuantizedTensor, QuantSpec
 from marlin_jax.quantizers.rtn import quantize_rtn
@@ -44,7 +45,12 @@ def wanda_mask(w: Float[Array, "K N"], norms: Float[Array, " K"]) -> Bool[Array,
 
 
 def quantize_sparse24(
-  w: Float[Array, "K N"], spec: QuantSpec, mask: Bool[Array, "K N"] | None = None, *, scale_dtype=None
+  w: Float[Array, "K N"],
+  spec: QuantSpec,
+  mask: Bool[Array, "K N"] | None = None,
+  *,
+  scale_dtype=None,
+  importance: Float32[Array, " K"] | None = None,
 ) -> QuantizedTensor:
   """2:4 sparse codes and scales that approximate `w` where the mask is True; pure, jit-able (spec, scale_dtype static).
 
@@ -53,6 +59,7 @@ def quantize_sparse24(
     spec: group size; 4 bits and symmetric.
     mask: what is kept, at most two of every four consecutive k; None is `magnitude_mask(w)`.
     scale_dtype: of scales, default w's.
+    importance: weight of the squared error of each input feature in the search of scales; None weighs all alike.
 
   Raises:
     ValueError: the group size does not divide K, or the spec is not one of 2:4 sparsity.
@@ -60,4 +67,5 @@ def quantize_sparse24(
   if not spec.sparse24:
     raise ValueError(f"spec={spec} must have sparse24=True")
   kept = magnitude_mask(w) if mask is None else mask
-  return quantize_rtn(jnp.where(kept, w, jnp.zeros_like(w)), spec, scale_dtype=scale_dtype)
+  pruned = jnp.where(kept, w, jnp.zeros_like(w))
+  return quantize_rtn(pruned, spec, scale_dtype=scale_dtype, importance=importance)
