@@ -42,13 +42,15 @@ _CALIBRATED = {
   "gptq": Gptq(),
   "gptq-act-order": Gptq(act_order=True),
   "sparse24-wanda": Wanda(),
-  "sparse24-gptq": Gptq(),
+  "sparse24-gptq": Gptq(fit=False),
+  "sparse24-gptq-fit": Gptq(),
 }
 # 2:4 sparse, without rounding: (w, gram) -> w.
 _PRUNERS = {
   "sparse24-magnitude": lambda w, gram: jnp.where(magnitude_mask(w), w, 0),
   "sparse24-wanda": lambda w, gram: jnp.where(wanda_mask(w, jnp.sqrt(jnp.diag(gram))), w, 0),
-  "sparse24-gptq": prune_sparsegpt,
+  "sparse24-gptq": partial(prune_sparsegpt, fit=False),
+  "sparse24-gptq-fit": prune_sparsegpt,
 }
 SPARSE_METHODS = tuple(_PRUNERS)
 METHODS = tuple(method for method in (*_QUANTIZERS, *_CALIBRATED) if method not in SPARSE_METHODS)

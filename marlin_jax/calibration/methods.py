@@ -68,10 +68,12 @@ class Gptq:
   Attributes:
     damping: of the Hessian, in units of its mean diagonal; more if it cannot be factored, which is then said.
     act_order: groups of features with similar inputs, for a gather of x at every product.
+    fit: 2:4 sparse weights by least squares before they are rounded; False is SparseGPT as published.
   """
 
   damping: float = 0.01
   act_order: bool = False
+  fit: bool = True
 
   def __post_init__(self):
     if not 0 <= self.damping <= 1:
@@ -86,7 +88,7 @@ class Gptq:
     """Puts QuantLinear layers in the place of the `chosen` dense layers of `layer`."""
     done = []
     for path, kernel, gram in kernels_and_grams(layer, inputs, chosen):
-      tensor, damping = quantize_gptq(kernel, gram, spec, damping=self.damping, act_order=self.act_order)
+      tensor, damping = quantize_gptq(kernel, gram, spec, damping=self.damping, act_order=self.act_order, fit=self.fit)
       damping = float(damping)
       if not np.isfinite(damping):
         raise ValueError(f"{path[-1]}: no damping makes what it reads on the calibration text a matrix to invert")
