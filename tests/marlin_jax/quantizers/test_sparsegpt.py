@@ -89,7 +89,19 @@ def test_outputs_are_better_than_wanda_s_and_those_than_magnitude_s(rng):
   magnitude = output_error(w, rounded(w, SPEC), x)
   wanda = output_error(w, rounded(w, SPEC, wanda_mask(w, jnp.sqrt(energy)), importance=energy), x)
   sparsegpt = output_error(w, quantize_gptq(w, gram, SPEC, fit=False).tensor, x)
-  assert sparsegpt < 0.5 * wanda and wanda < 0.9 * magnitude
+  fitted = output_error(w, quantize_gptq(w, gram, SPEC).tensor, x)
+  assert fitted < 0.7 * sparsegpt and sparsegpt < 0.5 * wanda and wanda < 0.9 * magnitude
+
+
+def test_a_fit_keeps_what_sparsegpt_keeps_and_rounding_keeps_the_mask(rng):
+  w, x, gram = problem(rng)
+  pruned, fitted = (np.asarray(prune_sparsegpt(w, gram, fit=fit)) for fit in (False, True))
+  np.testing.assert_array_equal(pruned != 0, fitted != 0)
+  errors = [np.sum((x @ (np.asarray(w) - v)) ** 2) for v in (fitted, pruned)]
+  assert errors[0] < 0.7 * errors[1]
+  tensor = quantize_gptq(w, gram, SPEC).tensor
+  assert (np.asarray(tensor.codes)[fitted == 0] == 8).all()
+  assert output_error(w, tensor, x) < 1.5 * errors[0]
 
 
 def test_without_correlations_it_prunes_as_magnitude_does(rng):
