@@ -61,8 +61,8 @@ def test_pruning_alone_has_neither_codes_nor_groups(tmp_path):
   bf16, *rows = read_rows(file)
   assert [row["method"] for row in rows] == list(SPARSE_METHODS)
   assert all(row["bits"] == "16" and row["group_size"] == "" and row["output_error"] == "" for row in rows)
-  # Three different models, none of them the float one.
-  assert len({row["perplexity"] for row in (bf16, *rows)}) == 4
+  # Different models, none of them the float one.
+  assert len({row["perplexity"] for row in (bf16, *rows)}) == 1 + len(SPARSE_METHODS)
 
 
 def test_an_unknown_method_is_refused():
