@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """4-bit inference for JAX: a float model goes in, a quantized Flax model that generates text comes out."""
 
-from marlin_jax.calibration import Awq, Gptq
+from marlin_jax.calibration import Awq, Gptq, Wanda
 from marlin_jax.checkpoint import CheckpointError, load_model, save_model
 from marlin_jax.convert import convert, quantize_variables
 from marlin_jax.linen import QuantDense
@@ -24,6 +24,7 @@ __all__ = [
   "QuantSpec",
   "QuantizedTensor",
   "SparsePackedTensor",
+  "Wanda",
   "convert",
   "generate",
   "load_model",

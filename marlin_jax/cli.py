@@ -16,7 +16,7 @@ from marlin_jax.bench.matmul import BATCHES, bench_matmul
 from marlin_jax.bench.model import BATCHES as MODEL_BATCHES
 from marlin_jax.bench.model import bench_model
 from marlin_jax.bench.plot import FIGURES, plot
-from marlin_jax.bench.quality import GROUP_SIZES, METHODS, bench_quality
+from marlin_jax.bench.quality import GROUP_SIZES, METHODS, SPARSE_METHODS, bench_quality
 from marlin_jax.bench.shapes import SHAPES as MODELS
 from marlin_jax.bench.shapes import read_shape
 from marlin_jax.bench.tune import tune
@@ -56,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
   symmetry = quantize.add_mutually_exclusive_group()
   symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=None, help="no zero points")
   symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
-  quantize.add_argument("--sparse24", action="store_true", help="rtn: keep two of every four weights, the largest")
+  quantize.add_argument("--sparse24", action="store_true", help="keep two of every four weights; rtn, wanda, gptq")
   quantize.add_argument(
     "--method",
     choices=(*QUANTIZERS, *CALIBRATED),
     default="rtn",
-    help="rtn (default) and hqq need no data; gptq and awq read text",
+    help="rtn (default) and hqq need no data; gptq, awq and wanda, which is for --sparse24, read text",
   )
   quantize.add_argument("--act-order", action="store_true", help="gptq: groups of features with similar inputs")
   quantize.add_argument(
@@ -157,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
   quality = bench.add_parser("quality", help="perplexity by method of quantization; a CPU is enough")
   quality.add_argument("model", nargs="?", help="float checkpoint folder (default: the demo model)")
   quality.add_argument("--heldout", type=Path, metavar="FILE", help="text to score (default: the demo model's)")
-  quality.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
-  quality.add_argument("--bits", type=int, choices=(4, 8), nargs="+", default=(4, 8))
+  quality.add_argument("--methods", choices=(*METHODS, *SPARSE_METHODS), nargs="+", default=METHODS)
+  quality.add_argument("--bits", type=int, choices=(4, 8, 16), nargs="+", default=(4, 8), help="16: sparse24-... only")
   quality.add_argument("--group-sizes", type=_group_size, nargs="+", default=GROUP_SIZES, metavar="SIZE")
   quality.add_argument("--windows", type=int, default=32, help="of the model's context to score (default %(default)s)")
   _add_calibration(quality, length=512)

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
-from marlin_jax.calibration import Awq, Gptq, quantize_calibrated
+from marlin_jax.calibration import Awq, Gptq, Wanda, quantize_calibrated
 from marlin_jax.calibration.text import calibration_sequences
 from marlin_jax.checkpoint import load_model, quantize_tensors, save_model
 from marlin_jax.checkpoint.native import Format
@@ -22,9 +22,9 @@ from marlin_jax.quantizers.rtn import quantize_rtn
 
 # What needs no data, and what does.
 QUANTIZERS: dict[str, Quantizer] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
-CALIBRATED: dict[str, Gptq | Awq] = {"gptq": Gptq(), "awq": Awq()}
+CALIBRATED: dict[str, Gptq | Awq | Wanda] = {"gptq": Gptq(), "awq": Awq(), "wanda": Wanda()}
 
-Method = str | Gptq | Awq
+Method = str | Gptq | Awq | Wanda
 Calibration = Sequence[str] | Sequence[Sequence[int]]
 
 
@@ -45,14 +45,15 @@ def quantize(
   """Quantizes the dense layers of `model` in place, prints what it did and returns the model.
 
   Args:
-    model: any tree of NNX modules; for "gptq" and "awq" a float Decoder from `load_model`.
+    model: any tree of NNX modules; for "gptq", "awq" and "wanda" a float Decoder from `load_model`.
     bits: 4 or 8.
     group_size: consecutive input features that share a scale; None for one scale a column.
     symmetric: whether the zero point is the middle code everywhere; None is what the method is made for: no for "hqq",
       which chooses zero points, yes for the others.
-    sparse24: the two largest of every four weights are kept and the others become zero: 3 bits a weight; "rtn" only.
-    method: "rtn" (round to nearest, searched scales) and "hqq" need no data; "gptq" and "awq", or `Gptq(...)` and
-      `Awq()` with settings of their own, need `calibration`.
+    sparse24: two of every four weights are kept and the others become zero: 3 bits a weight. Which two, the method
+      decides: "rtn" keeps the largest, "wanda" those that contribute most, and "gptq" chooses and corrects the others.
+    method: "rtn" (round to nearest, searched scales) and "hqq" need no data; "gptq", "awq" and "wanda" (for sparse24
+      only), or `Gptq(...)` with settings of its own, need `calibration`.
     calibration: texts of the kind that the model will read, or sequences of token ids.
     calibration_count: windows that are taken from texts.
     calibration_length: tokens of a window, cut to the model's context.
@@ -60,7 +61,7 @@ def quantize(
     progress: show a progress bar on stderr, and print the report.
 
   Raises:
-    NotImplementedError: sparse24 with another method than "rtn".
+    NotImplementedError: sparse24 with "hqq" or "awq".
     ValueError: an unknown method, calibration that is missing or given for nothing; see also `convert` and
       `calibration.quantize_calibrated`.
   """
@@ -127,7 +128,7 @@ def _symmetric(symmetric: bool | None, method: Method) -> bool:
 def _method(method: Method, calibration: Calibration | None) -> Method:
   """A name of QUANTIZERS, or the settings of a method that is calibrated."""
   if isinstance(method, str) and method not in QUANTIZERS | CALIBRATED:
-    raise ValueError(f"{method=} must be one of {', '.join(QUANTIZERS | CALIBRATED)}, or Gptq(...) or Awq()")
+    raise ValueError(f"{method=} must be one of {', '.join(QUANTIZERS | CALIBRATED)}, or Gptq(...), Awq() or Wanda()")
   if isinstance(method, str) and method in QUANTIZERS:
     if calibration is not None:
       raise ValueError(f"{method=} looks at no data: calibration must be None")

@@ -11,23 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from marlin_jax.calibration import Awq, Gptq, quantize_calibrated
+from marlin_jax.calibration import Awq, Gptq, Wanda, quantize_calibrated
+from marlin_jax.calibration.inputs import LayerInputs, find
+from marlin_jax.calibration.methods import kernels_and_grams
 from marlin_jax.calibration.text import calibration_sequences
 from marlin_jax.checkpoint import load_model
 from marlin_jax.convert import Report, convert
 from marlin_jax.generation.scoring import perplexity
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.quantized import QuantSpec
+from marlin_jax.quantizers.gptq import prune_sparsegpt
 from marlin_jax.quantizers.hqq import quantize_hqq
 from marlin_jax.quantizers.rtn import quantize_rtn
+from marlin_jax.quantizers.sparse24 import magnitude_mask, wanda_mask
 from pallas_kernels import current_device
 
 # Without data: (w, spec) -> codes. "rtn-plain" has the scale that just holds the largest weight.
-_QUANTIZERS = {"rtn-plain": partial(quantize_rtn, search=False), "rtn": quantize_rtn, "hqq": quantize_hqq}
-_CALIBRATED = {"awq": Awq(), "gptq": Gptq(), "gptq-act-order": Gptq(act_order=True)}
-METHODS = (*_QUANTIZERS, *_CALIBRATED)
+_QUANTIZERS = {
+  "rtn-plain": partial(quantize_rtn, search=False),
+  "rtn": quantize_rtn,
+  "hqq": quantize_hqq,
+  "sparse24-magnitude": quantize_rtn,
+}
+_CALIBRATED = {
+  "awq": Awq(),
+  "gptq": Gptq(),
+  "gptq-act-order": Gptq(act_order=True),
+  "sparse24-wanda": Wanda(),
+  "sparse24-gptq": Gptq(fit=False),
+  "sparse24-gptq-fit": Gptq(),
+}
+# 2:4 sparse, without rounding: (w, gram) -> w.
+_PRUNERS = {
+  "sparse24-magnitude": lambda w, gram: jnp.where(magnitude_mask(w), w, 0),
+  "sparse24-wanda": lambda w, gram: jnp.where(wanda_mask(w, jnp.sqrt(jnp.diag(gram))), w, 0),
+  "sparse24-gptq": partial(prune_sparsegpt, fit=False),
+  "sparse24-gptq-fit": prune_sparsegpt,
+}
+SPARSE_METHODS = tuple(_PRUNERS)
+METHODS = tuple(method for method in (*_QUANTIZERS, *_CALIBRATED) if method not in SPARSE_METHODS)
 GROUP_SIZES = (32, 64, 128, None)
 
 
@@ -54,18 +80,20 @@ def bench_quality(
     path: a float checkpoint with a tokenizer.
     heldout: text that is scored.
     calibration: texts that the calibrated methods read; not the held-out one.
-    methods: names of METHODS.
-    bits: 4, 8 or both.
+    methods: names of METHODS or SPARSE_METHODS.
+    bits: 4 and 8; 16, with SPARSE_METHODS only, prunes and rounds nothing.
     group_sizes: None is one scale a column.
     windows: how many windows of the held-out text, from its start.
     calibration_count, calibration_length: of the calibration windows, in tokens.
     output: CSV file to write.
 
   Raises:
-    ValueError: an unknown method, or text too short for one window.
+    ValueError: an unknown method, one that does not go with 16 bits, or text too short for one window.
+    NotImplementedError: SPARSE_METHODS with 8 bits.
   """
-  if unknown := set(methods) - set(METHODS):
-    raise ValueError(f"methods has {sorted(unknown)}, must be of {', '.join(METHODS)}")
+  known = SPARSE_METHODS if 16 in bits else (*METHODS, *SPARSE_METHODS)
+  if unknown := set(methods) - set(known):
+    raise ValueError(f"methods has {sorted(unknown)}, must be of {', '.join(known)} with bits={tuple(bits)}")
   model = load_model(path)
   if model.tokenizer is None:
     raise ValueError(f"{path} has no tokenizer.json, which scoring text needs")
@@ -82,20 +110,26 @@ def bench_quality(
   }
   before = perplexity(model, tokens, window=window)
   print(f"bf16: perplexity {before:.4f} on {len(tokens)} tokens, on {common['device']}")
-  print("method          bits  group   bits/weight  perplexity   change  error of outputs  seconds", flush=True)
+  print("method              bits  group   bits/weight  perplexity   change  error of outputs  seconds", flush=True)
   rows: list[dict[str, Any]] = [
     dict(method="bf16", bits=16, group_size="", bits_per_weight=16.0, perplexity=round(before, 4), change_percent=0.0)
   ]
   for width in bits:
-    for group_size in group_sizes:
+    for group_size in (None,) if width == 16 else group_sizes:
       for method in methods:
-        spec = QuantSpec(bits=width, group_size=group_size, symmetric=method != "hqq")
         model = load_model(path)
         began = time.perf_counter()
-        report = _quantize(model, method, sequences, spec)
+        if width == 16:
+          _prune(model, method, sequences)
+          row = dict(group_size="", bits_per_weight=16.0, output_error="")
+        else:
+          sparse24 = method in SPARSE_METHODS
+          spec = QuantSpec(bits=width, group_size=group_size, symmetric=method != "hqq", sparse24=sparse24)
+          row = _describe(_quantize(model, method, sequences, spec), spec)
         seconds = time.perf_counter() - began
         after = perplexity(model, tokens, window=window)
-        rows.append(_row(method, spec, report, before, after) | {"seconds": round(seconds, 1)})
+        row |= dict(method=method, bits=width, perplexity=round(after, 4), seconds=round(seconds, 1))
+        rows.append(row | {"change_percent": round(100 * (after / before - 1), 3)})
         _print(rows[-1])
         if output is not None:
           _write(output, [row | common for row in rows])
@@ -107,25 +141,32 @@ def _quantize(model: Decoder, method: str, sequences: Sequence[Sequence[int]], s
   return quantize_calibrated(model, sequences, _CALIBRATED[method], spec)
 
 
-def _row(method: str, spec: QuantSpec, report: Report, before: float, after: float) -> dict[str, Any]:
+def _prune(model: Decoder, method: str, sequences: Sequence[Sequence[int]]) -> None:
+  """Prunes in the order in which a calibrated method quantizes, each dense layer on what the pruned ones give."""
+  inputs = LayerInputs(model, sequences, jax.local_devices()[0])
+  for layer in model.layers:
+    dense = [path for path, module in nnx.iter_modules(layer) if isinstance(module, nnx.Linear)]
+    for paths, kernels, gram in kernels_and_grams(layer, inputs, dense):
+      for path, kernel in zip(paths, kernels, strict=True):
+        find(layer, path).kernel[...] = _PRUNERS[method](kernel, gram).astype(kernel.dtype)
+    inputs.advance(layer)
+
+
+def _describe(report: Report, spec: QuantSpec) -> dict[str, Any]:
   errors = [layer.output_error for layer in report.quantized if layer.output_error is not None]
   nbytes_before, nbytes_after = (
     sum(getattr(l, f"bytes_{when}") for l in report.quantized) for when in ("before", "after")
   )
   return {
-    "method": method,
-    "bits": spec.bits,
     "group_size": spec.group_size or "column",
     "bits_per_weight": round(16 * nbytes_after / nbytes_before, 3),
-    "perplexity": round(after, 4),
-    "change_percent": round(100 * (after / before - 1), 3),
     "output_error": f"{np.mean(errors):.3e}" if errors else "",
   }
 
 
 def _print(row: dict[str, Any]) -> None:
   print(
-    f"{row['method']:<15} {row['bits']:>4}  {row['group_size']!s:>6}  {row['bits_per_weight']:>11.3f}  "
+    f"{row['method']:<19} {row['bits']:>4}  {row['group_size']!s:>6}  {row['bits_per_weight']:>11.3f}  "
     f"{row['perplexity']:>10.4f}  {row['change_percent']:>+6.2f}%  {row['output_error']:>16}  {row['seconds']:>7.1f}",
     flush=True,
   )

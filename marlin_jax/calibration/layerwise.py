@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ and AWQ on a whole decoder, one layer after the other: the model need not fit the accelerator.
+"""The calibrated methods on a whole decoder, one layer after the other: the model need not fit the accelerator.
 
     embeddings -> layer 0: moments of inputs, quantize, outputs -> layer 1: ... -> head
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from marlin_jax.calibration.inputs import LayerInputs, find
 from marlin_jax.calibration.inputs import Path as LayerPath
-from marlin_jax.calibration.methods import Awq, Gptq
+from marlin_jax.calibration.methods import Method
 from marlin_jax.convert import LayerReport, Path, Report, keep_head, reason_to_skip
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
@@ -37,7 +37,7 @@ class _Head(nnx.Module):
 def quantize_calibrated(
   model: Decoder,
   sequences: Sequence[Sequence[int]],
-  method: Gptq | Awq,
+  method: Method,
   spec: QuantSpec = QuantSpec(),
   *,
   predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
@@ -51,19 +51,19 @@ def quantize_calibrated(
     model: a float Decoder; in host memory if it does not fit the accelerator.
     sequences: token ids, of any lengths up to the model's context. As a rule 128 sequences of 2048 tokens suffice.
     method: and its settings.
-    spec: bits, group size and symmetry.
+    spec: bits, group size, symmetry and sparsity.
     predicate: (path, layer) -> whether to quantize it.
     device: where the arithmetic is done and the quantized model lies; None is JAX's default device.
     progress: show a progress bar, with the device's memory, on stderr.
 
   Raises:
-    NotImplementedError: spec is 2:4 sparse.
-    ValueError: a model that is quantized already; no sequence, an empty one, one longer than the context, a token id
-      outside the vocabulary; a layer, which is named, whose K the group size does not divide, whose kernel holds NaN or
-      Inf, or that reads such numbers. Layers before it are already replaced.
+    NotImplementedError: a 2:4 sparse spec with Awq.
+    ValueError: another spec that the method does not go with; a model that is quantized already; no sequence, an empty
+      one, one longer than the context, a token id outside the vocabulary; a layer, which is named, whose K the group
+      size does not divide, whose kernel holds NaN or Inf, or that reads such numbers. Layers before it are already
+      replaced.
   """
-  if spec.sparse24:
-    raise NotImplementedError(f"sparse24 is not implemented for {method}, only for rounding to nearest")
+  method.check(spec)
   _check(sequences, model)
   if any(isinstance(module, QuantLinear) for _, module in nnx.iter_modules(model)):
     raise ValueError("the model has quantized layers already, must be a float model")
@@ -91,7 +91,7 @@ def _move(module: nnx.Module, device: jax.Device) -> None:
   nnx.update(module, jax.device_put(nnx.state(module), device))
 
 
-def _quantize_layer(path: Path, layer, inputs: LayerInputs, method: Gptq | Awq, spec, predicate) -> list[LayerReport]:
+def _quantize_layer(path: Path, layer, inputs: LayerInputs, method: Method, spec, predicate) -> list[LayerReport]:
   dense: dict[LayerPath, nnx.Linear] = {
     below: module for below, module in nnx.iter_modules(layer) if isinstance(module, nnx.Linear)
   }

@@ -143,3 +143,6 @@ def test_quantize_calibrates_on_the_text_it_is_given(tmp_path, capsys):
     main([*command[:2], str(tmp_path / "other"), "--method", "awq", "--calibration", str(tmp_path / "no.txt")]) == 2
   )
   assert "no.txt is no text that can be read" in capsys.readouterr().err
+  command = [*command[:2], str(tmp_path / "sparse"), "--sparse24", "--method", "wanda", "--group-size", "64", *text]
+  assert main(command) == 0
+  assert "14 quantized layers" in (out := capsys.readouterr().out) and "2:4 sparse" in out

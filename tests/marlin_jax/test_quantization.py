@@ -29,6 +29,8 @@ ALL = {
   "hqq": dict(method="hqq"),
   "gptq": dict(method=Gptq(act_order=True, damping=0.1), calibration=SEQUENCES),
   "awq": dict(method="awq", calibration=TEXTS, calibration_count=3, calibration_length=32, symmetric=False),
+  "sparse24-gptq": dict(method="gptq", calibration=SEQUENCES, sparse24=True),
+  "sparse24-wanda": dict(method="wanda", calibration=SEQUENCES, sparse24=True),
 }
 
 
@@ -49,9 +51,18 @@ def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(nam
   for a, b in zip(layers(model), layers(loaded), strict=True):
     np.testing.assert_array_equal(a.qweight[...], b.qweight[...])
     np.testing.assert_array_equal(a.scales[...], b.scales[...])
+    assert (a.meta is not None) == (b.meta is not None) == name.startswith("sparse24")
+    assert a.meta is None or (a.meta[...] == b.meta[...]).all()
     assert (a.zeros is not None) == (b.zeros is not None) == (name in ("hqq", "awq"))
     assert (a.permutation is not None) == (b.permutation is not None) == (name == "gptq")
   assert len(generate(loaded, [[1, 2, 3]], max_new_tokens=2)[0]) == 2
+
+
+def test_a_sparse_model_goes_on_as_before_when_it_was_saved(tmp_path):
+  model = quantize(load_model(LLAMA), group_size=64, progress=False, **ALL["sparse24-gptq"])
+  save_model(model, tmp_path / "out")
+  before, after = (generate(m, [[1, 2, 3]], max_new_tokens=8) for m in (model, load_model(tmp_path / "out")))
+  assert before == after and len(after[0]) == 8
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
@@ -64,7 +75,7 @@ def test_what_calibration_made_goes_out_as_compressed_tensors(name, tmp_path):
 @pytest.mark.parametrize(
   "options, message",
   [
-    (dict(method="sparsegpt"), "method='sparsegpt' must be one of rtn, hqq, gptq, awq"),
+    (dict(method="sparsegpt"), "method='sparsegpt' must be one of rtn, hqq, gptq, awq, wanda"),
     (dict(method="gptq"), "method='gptq' needs calibration"),
     (dict(method=Awq()), r"method=Awq\(\) needs calibration"),
     (dict(method="rtn", calibration=TEXTS), "method='rtn' looks at no data"),
@@ -82,12 +93,20 @@ def test_what_makes_no_sense_is_refused(options, message):
   "options, message",
   [
     (dict(method="hqq", symmetric=True), "sparse24 is not implemented for quantize_hqq"),
-    (dict(method="gptq", calibration=SEQUENCES), r"sparse24 is not implemented for Gptq\("),
+    (dict(method="awq", calibration=SEQUENCES), "sparse24 is not implemented for awq"),
   ],
 )
-def test_only_rounding_to_nearest_makes_sparse_weights(options, message):
+def test_methods_that_make_no_sparse_weights_say_so(options, message):
   with pytest.raises(NotImplementedError, match=message):
     quantize(load_model(LLAMA), sparse24=True, progress=False, **options)
+
+
+def test_settings_that_do_not_go_together_are_refused():
+  options = dict(calibration=SEQUENCES, progress=False)
+  with pytest.raises(ValueError, match="wanda chooses what to prune: it needs sparse24=True"):
+    quantize(load_model(LLAMA), method="wanda", **options)
+  with pytest.raises(ValueError, match="act_order=True must be False with sparse24"):
+    quantize(load_model(LLAMA), method=Gptq(act_order=True), sparse24=True, **options)
 
 
 def test_calibration_needs_a_decoder_and_text_a_tokenizer():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin_jax import QuantSpec, pack24, quantize_rtn, unpack
-from marlin_jax.quantizers.sparse24 import magnitude_mask, mask24, quantize_sparse24, wanda_mask
+from marlin_jax.quantizers.sparse24 import magnitude_mask, mask24, quantize_sparse24, refit, wanda_mask
 
 SPEC = QuantSpec(group_size=32, sparse24=True)
 jitted = jax.jit(quantize_sparse24, static_argnames="spec")
@@ -103,3 +103,29 @@ def test_a_mask_of_the_caller_s_is_what_is_kept(rng):
 def test_a_dense_spec_is_refused():
   with pytest.raises(ValueError, match="must have sparse24=True"):
     quantize_sparse24(jnp.ones((64, 4)), QuantSpec(group_size=32))
+
+
+def test_a_fit_is_the_least_squares_solution_of_what_is_kept(rng):
+  k, n = 64, 6
+  x = rng.normal(size=(500, k)) @ (rng.normal(size=(k, k)) * np.exp(rng.normal(size=(k, 1))))
+  w, hessian = rng.normal(size=(k, n)), x.T @ x
+  mask = np.array(magnitude_mask(jnp.asarray(w, jnp.float32)))
+  mask[:4, 0] = False  # a quad of which nothing is kept
+  got = np.asarray(jax.jit(refit)(jnp.asarray(w, jnp.float32), jnp.asarray(mask), jnp.asarray(hessian, jnp.float32)))
+  assert (got[~mask] == 0).all()
+
+  def error(v):
+    return np.sum((x @ (w - v)) ** 2, axis=0)
+
+  best = np.zeros((k, n))
+  for column in range(n):
+    kept = mask[:, column]
+    best[kept, column] = np.linalg.lstsq(x[:, kept], x @ w[:, column], rcond=None)[0]
+  assert (error(got) < 1.01 * error(best)).all() and (error(got) < 0.5 * error(np.where(mask, w, 0))).all()
+
+
+def test_a_fit_of_what_is_sparse_already_changes_nothing(rng):
+  w = jnp.asarray(rng.normal(size=(64, 6)), jnp.float32)
+  mask = magnitude_mask(w)
+  w = jnp.where(mask, w, 0).at[:, 3].set(0)
+  np.testing.assert_array_equal(jax.jit(refit)(w, mask, jnp.eye(64)), w)
