@@ -36,6 +36,8 @@ LAYERS = (
   "marlin_jax.console",
   "marlin_jax.demo",
   "marlin_jax",
+  "marlin_jax.arguments",
+  "marlin_jax.bench.cli",
   "marlin_jax.cli marlin_jax.__main__",
 )
 KERNEL_IMPORTS = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
