@@ -59,9 +59,6 @@ RUNS = [
   (by_gptqmodel, {}),
   (by_gptqmodel, {"damp_percent": 0.01, "act_group_aware": False}),
   (by_gptqmodel, {"damp_percent": 0.01, "mse": 2.4}),
-  (by_marlin_jax, {"damping": 0.05}),
-  (by_gptqmodel, {"damp_percent": 0.01, "desc_act": True}),
-  (by_marlin_jax, {"damping": 0.01, "act_order": True}),
 ]
 
 
