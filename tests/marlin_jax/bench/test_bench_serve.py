@@ -23,7 +23,7 @@ SMALL = ModelConfig(
   head_dim=64,
   max_position_embeddings=64,
 )
-SERVING = ServingConfig(slots=2, context=64, queue_limit=2, prefill_chunk=16)
+SERVING = ServingConfig(slots=2, context=64, queue_limit=8, prefill_chunk=16)
 LOAD = Load(url="http://127.0.0.1:9", model="m", vocab_size=9, rate=20.0, seconds=1, prompt_tokens=4, new_tokens=4)
 
 
@@ -48,13 +48,13 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
 def test_every_request_is_accounted_for_at_a_low_load_and_at_too_high_a_one(tmp_path):
   model = random_model(SMALL, None)
   model.tokenizer = _words(SMALL.vocab_size)
-  tests = [(4.0, 3, 0.0), (150.0, 3, 0.5)]
+  tests = [(2.0, 4, 0.0), (150.0, 3, 0.5)]
   low, high = measure_serving(model, tests, prompt_tokens=12, new_tokens=40, serving=SERVING)
-  assert low["answered"] > 3 and low["refused"] == low["cancelled"] == low["failed"] == 0
+  assert low["answered"] > 1 and low["refused"] == low["cancelled"] == low["failed"] == 0
   assert 0 < low["tpot_ms"] < low["ttft_p99_ms"] and 0 < low["mean_batch"] <= 2
-  # Sleeping clients apart, both of two slots are taken all the time, and most find the queue full.
-  assert high["refused"] > 100 and high["answered"] > 0 and high["failed"] == 0
-  assert low["mean_batch"] < high["mean_batch"] <= 2
+  # Both slots are taken nearly all the time, and most clients find the queue full.
+  assert high["refused"] > 10 and high["answered"] > 0 and high["failed"] == 0
+  assert 1.5 < high["mean_batch"] <= 2
   assert low["recompilations"] == high["recompilations"] == 0
   assert high["device_growth_mb"] < 1
   others = dict(model="small", weights="bf16", bare_step_ms=1.0, tpot_over_step=1.0, device="cpu", jax_version="0")
