@@ -11,6 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Looked for and not imported, because it patches the standard library.
+if importlib.util.find_spec("locust") is None:
+  raise ModuleNotFoundError("load on a server is made by locust", name="locust")
+
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
@@ -68,11 +72,8 @@ def apply_load(load: Load) -> Outcome:
   """Runs Locust until the last request has ended.
 
   Raises:
-    ValueError: Locust is not installed.
     RuntimeError: it failed.
   """
-  if importlib.util.find_spec("locust") is None:
-    raise ValueError("load is made by locust: pip install 'marlin_jax[load]' brings it")
   with tempfile.TemporaryDirectory() as folder:
     results = Path(folder) / "results.json"
     environment = os.environ | {"LOAD": json.dumps(dataclasses.asdict(load) | {"results": str(results)})}

@@ -2,7 +2,6 @@
 """`marlin-jax bench matmul`: the 4-bit product against bfloat16 and against what the hardware allows."""
 
 import concurrent.futures
-import csv
 import dataclasses
 import datetime
 import functools
@@ -17,6 +16,7 @@ from jaxtyping import Array
 
 from marlin_jax.bench.operands import check, random_weights, random_x
 from marlin_jax.bench.operands import expected as _reference
+from marlin_jax.bench.table import write_rows
 from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_ceilings
 from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device, layout, matmul
 from pallas_kernels.tuning import Config, config_for
@@ -101,7 +101,7 @@ def bench_matmul(
         )
         print(_line(rows[-1]), flush=True)
     if output is not None:  # after every shape, so that a run that is cut short leaves what it has
-      _write(output, rows)
+      write_rows(output, rows)
   if len(shapes) > 1:
     print("\n".join(_sums(rows)))
 
@@ -143,14 +143,6 @@ def _contestants(k: int, n: int, device: Device, tuned: Path | None, sparse24: b
 
 def _problem(m: int, n: int, k: int, *, sparse24: bool = False) -> MatmulProblem:
   return MatmulProblem(m=m, n=n, k=k, group_size=GROUP_SIZE, dtype=jnp.dtype(jnp.bfloat16), sparse24=sparse24)
-
-
-def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-  output.parent.mkdir(parents=True, exist_ok=True)
-  with output.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "n"))

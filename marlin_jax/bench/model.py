@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`marlin-jax bench model`: a whole model's prefill and decode, bfloat16 against 4 bits, and what a step must read."""
 
-import csv
 import datetime
 import math
 import statistics
@@ -15,6 +14,7 @@ import numpy as np
 
 from marlin_jax.bench.profile import profile
 from marlin_jax.bench.shapes import abstract_model, nbytes, random_model
+from marlin_jax.bench.table import write_rows
 from marlin_jax.bench.timing import measure_ceilings
 from marlin_jax.generation.loop import Choice, DecodeState, decode, prefill
 from marlin_jax.generation.weights import split
@@ -104,7 +104,8 @@ def bench_model(
         )
       )
       print(_line(rows[-1]), flush=True)
-      _write(rows, output)
+      if output is not None:
+        write_rows(output, rows, digits=4)
     del model
 
 
@@ -181,13 +182,3 @@ def _line(row: dict[str, Any]) -> str:
     f"{row['step_over_floor']:>6.2f} {row['tokens_per_second']:>9.0f} {row['speedup']:>9.2f} "
     f"{row['first_token_ms']:>9.2f} {row['compile_s']:>10.1f}"
   )
-
-
-def _write(rows: list[dict[str, Any]], output: Path | None) -> None:
-  if output is None:
-    return
-  output.parent.mkdir(parents=True, exist_ok=True)
-  with output.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

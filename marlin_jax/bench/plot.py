@@ -4,7 +4,6 @@
 A panel for every shape of weights, every number of bits, or TPOT and TTFT.
 """
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from marlin_jax.bench.table import read_rows
 from pallas_kernels import MatmulProblem
 
 Row = dict[str, str]
@@ -37,12 +37,6 @@ def plot(table: Path, image: Path, kind: str = "speedup") -> None:
   image.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(image, dpi=110)
   plt.close(figure)
-
-
-def read_rows(table: Path) -> list[Row]:
-  """The rows of the CSV of a benchmark."""
-  with table.open(newline="") as file:
-    return list(csv.DictReader(file))
 
 
 def speedup_figure(rows: Sequence[Row]) -> Any:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`marlin-jax bench quality`: what each method of quantization costs in perplexity, and in bits a weight."""
 
-import csv
 import datetime
 import os
 import time
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from marlin_jax.bench.table import write_rows
 from marlin_jax.calibration import Awq, Gptq, Wanda, quantize_calibrated
 from marlin_jax.calibration.inputs import LayerInputs, find
 from marlin_jax.calibration.methods import kernels_and_grams
@@ -132,7 +132,7 @@ def bench_quality(
         rows.append(row | {"change_percent": round(100 * (after / before - 1), 3)})
         _print(rows[-1])
         if output is not None:
-          _write(output, [row | common for row in rows])
+          write_rows(output, [row | common for row in rows])
 
 
 def _quantize(model: Decoder, method: str, sequences: Sequence[Sequence[int]], spec: QuantSpec) -> Report:
@@ -170,11 +170,3 @@ def _print(row: dict[str, Any]) -> None:
     f"{row['perplexity']:>10.4f}  {row['change_percent']:>+6.2f}%  {row['output_error']:>16}  {row['seconds']:>7.1f}",
     flush=True,
   )
-
-
-def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-  output.parent.mkdir(parents=True, exist_ok=True)
-  with output.open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)

@@ -3,7 +3,6 @@
 
 import asyncio
 import contextlib
-import csv
 import datetime
 import os
 import socket
@@ -18,6 +17,7 @@ import uvicorn
 from marlin_jax.bench.load import Load, apply_load, percentile
 from marlin_jax.bench.model import measure_decode
 from marlin_jax.bench.shapes import random_model
+from marlin_jax.bench.table import write_rows
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.quantized import QuantSpec
@@ -59,7 +59,7 @@ def bench_serve(
 
   Raises:
     NotImplementedError: there is no NVIDIA GPU; a CPU timing says nothing about one.
-    ValueError: a setting out of range, or no Locust.
+    ValueError: a setting out of range.
   """
   device = current_device()
   if device.platform != "cuda":
@@ -87,7 +87,8 @@ def bench_serve(
         )
       )
       print(_line(rows[-1]), flush=True)
-      _write(rows, output)
+      if output is not None:
+        write_rows(output, rows, digits=4)
     del model
 
 
@@ -188,13 +189,3 @@ def _line(row: dict[str, Any]) -> str:
     f"{row['cancelled']:>5} {row['failed']:>6} {row['mean_batch']:>6.1f}  {ttft:<14} {tpot:<14} "
     f"{row['bare_step_ms']:>12.2f} {row['tpot_over_step']:>6.2f}"
   )
-
-
-def _write(rows: Sequence[dict[str, Any]], output: Path | None) -> None:
-  if output is None:
-    return
-  output.parent.mkdir(parents=True, exist_ok=True)
-  with output.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -217,8 +217,9 @@ class Scheduler:
       self._leaving = []
     self._enter()
     self._fill()
-    # Before what the device computed last is looked at it gets a chunk to compute: the host's work, two milliseconds or
-    # more a chunk of an 8B model's 23, then costs nothing. A request that the model ends has a chunk of useless steps.
+    # The device gets a chunk to compute before what it computed last is looked at, which hides the host's work: waiting
+    # for that took half a millisecond a step of an 8B model's 3.3 (docs/serving.md). A request that the model ends has
+    # a chunk of useless steps.
     begun = self._decode()
     while len(self._results) > begun:
       self._results.popleft()()

@@ -11,19 +11,8 @@ from marlin_jax import QuantLinear
 from marlin_jax.bench.model import bench_model, step_floor
 from marlin_jax.bench.profile import kernel_class, summarize
 from marlin_jax.bench.shapes import SHAPES, abstract_model, nbytes, random_model, read_shape
-from marlin_jax.models.config import ModelConfig
 from marlin_jax.quantized import QuantSpec
-
-SMALL = ModelConfig(
-  vocab_size=128,
-  hidden_size=128,
-  intermediate_size=128,
-  num_layers=1,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=64,
-  max_position_embeddings=256,
-)
+from tests.marlin_jax.bench.small_model import SMALL
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")

@@ -8,21 +8,12 @@ import pytest
 
 from marlin_jax.bench.load import Load, apply_load, percentile
 from marlin_jax.bench.plot import plot
-from marlin_jax.bench.serve import _line, _words, _write, bench_serve, measure_serving
+from marlin_jax.bench.serve import _line, _words, bench_serve, measure_serving
 from marlin_jax.bench.shapes import random_model
-from marlin_jax.models.config import ModelConfig
+from marlin_jax.bench.table import write_rows
 from marlin_jax.serving.engine import ServingConfig
+from tests.marlin_jax.bench.small_model import SMALL
 
-SMALL = ModelConfig(
-  vocab_size=128,
-  hidden_size=128,
-  intermediate_size=128,
-  num_layers=1,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=64,
-  max_position_embeddings=64,
-)
 SERVING = ServingConfig(slots=2, context=64, queue_limit=8, prefill_chunk=16)
 LOAD = Load(url="http://127.0.0.1:9", model="m", vocab_size=9, rate=20.0, seconds=1, prompt_tokens=4, new_tokens=4)
 
@@ -60,7 +51,7 @@ def test_every_request_is_accounted_for_at_a_low_load_and_at_too_high_a_one(tmp_
   others = dict(model="small", weights="bf16", bare_step_ms=1.0, tpot_over_step=1.0, device="cpu", jax_version="0")
   rows = [others | row for row in (low, high)]
   assert f"{low['answered']:>9}" in _line(rows[0])
-  _write(rows, tmp_path / "of" / "table.csv")
+  write_rows(tmp_path / "of" / "table.csv", rows)
   with (tmp_path / "of" / "table.csv").open() as file:
     assert [int(row["refused"]) for row in csv.DictReader(file)] == [0, high["refused"]]
   plot(tmp_path / "of" / "table.csv", tmp_path / "picture.png", "serve")
