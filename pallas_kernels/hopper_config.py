@@ -24,6 +24,8 @@ class HopperConfig:
     block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
     split_k: programs that share one output block, a cluster of as many; each sums a run of K.
+    programs: programs that share all blocks in equal runs, one for every multiprocessor (hopper_stripes.py); 0 for as
+      many programs as blocks, times split_k.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
@@ -39,6 +41,7 @@ class HopperConfig:
   block_k: int
   num_stages: int
   split_k: int = 1
+  programs: int = 0
   scale_weights: bool = False
   decode_ahead: bool = True
   sum_zeros: bool = False
@@ -57,6 +60,8 @@ class HopperConfig:
       raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
     if self.num_stages < 2:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+    if self.programs < 0 or (self.programs and self.split_k > 1):
+      raise ValueError(f"programs={self.programs} must be 0 or more, and 0 where split_k={self.split_k} is not 1")
     if self.sum_zeros and self.scale_weights:
       raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
@@ -92,12 +97,13 @@ class HopperConfig:
     return self.warpgroups_k * self.split_k > 1
 
   @property
-  def many_rows(self) -> bool:
-    """Whether what a program writes takes as much shared memory as what it reads: both then use the same. And whether
-    the ring of stages is unrolled, which saves addresses: 87 instead of 94 us at 128 rows of 8192 x 28672. With less
-    rows both cost time, 0.2 us for the barrier between reading and writing, and 52 instead of 37 us at M = 16.
+  def y_in_ring(self) -> bool:
+    """Whether what a program writes lies where the ring of stages was, because it takes as much shared memory.
+
+    With less rows that costs 0.2 us, for the barrier between reading and writing. A program of stripes reads on while
+    it writes.
     """
-    return self.block_m == _MANY_ROWS
+    return self.block_m == _MANY_ROWS and not self.programs
 
   @property
   def compute_registers(self) -> int:
@@ -129,5 +135,5 @@ class HopperConfig:
     if self.sum_zeros:
       stage += self.block_k // layout.TILE * self.block_m * 4
     size = 4 if self.reduces else 2
-    y = 0 if self.many_rows else self.compute_warpgroups * self.block_m * PITCH[size] * size
+    y = 0 if self.y_in_ring else self.compute_warpgroups * self.block_m * PITCH[size] * size
     return (H200.shared_memory - y - 2048) // stage

@@ -147,12 +147,13 @@ def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
     others = list(others)
     meta = None if positions is None else others.pop(0)
     (acc,) = others or [None]
-    f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
     count = block_m // 2
     strides, _ = ir.MemRefType(x_ref.type).get_strides_and_offset()  # of [block_m / 8, k / 64, 8, 64]
     descriptor = mma_utils.encode_descriptor(
       x_ref, leading_byte_offset=0, stride_byte_offset=strides[0] * 2, swizzle=_SWIZZLE
     )
+    low, high = (arith.trunci(i32, word) for word in (descriptor, arith.shrui(descriptor, mgpu.c(32, descriptor.type))))
     fragment = [mgpu.utils.bitcast(pair, i32) for pair in w.registers.flat]
     sums = None if acc is None else _scalars(acc)
     if meta is not None:
@@ -163,19 +164,21 @@ def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
       a = fragment[4 * step : 4 * step + 4]
       # In sixteens of bytes: 16 values are two, and after 64 values there is the next run of 8 rows x 64 values.
       k = 16 * step if meta is None else 32 * step
-      b = arith.addi(descriptor, mgpu.c(k // 64 * strides[1] // 8 + k % 64 // 8, i64))
+      advance = k // 64 * strides[1] // 8 + k % 64 // 8
       outs = ", ".join(f"${i}" for i in range(count))
       first = count if sums is None else 2 * count
       regs = ", ".join(f"${first + i}" for i in range(4))
-      operands, kinds = [*a, b], ",r,r,r,r,l"
+      operands, kinds = [*a, low, high], ",r,r,r,r,r,r"
       name, where = f"mma_async.sync.aligned.m64n{block_m}k16", ""
       if meta is not None:  # a register of positions serves two steps, from two threads of four each
         operands.append(vector.extract(meta, [], [step // 2]))
         kinds += ",r"
-        name, where = f"mma_async.sp.sync.aligned.m64n{block_m}k32", f" ${first + 5}, {step % 2},"
+        name, where = f"mma_async.sp.sync.aligned.m64n{block_m}k32", f" ${first + 6}, {step % 2},"
+      # Added up in here and in 32 bits: the 64-bit descriptors of all steps and stages would be constants of the loop
+      # to ptxas, which keeps them in registers until it has none left and then reads each from memory.
       text = (
-        f"wgmma.{name}.f32.{dtype}.{dtype} "
-        f"{{{outs}}}, {{{regs}}}, ${first + 4},{where} {0 if sums is None else 1}, 1, 1, 0;"
+        f"{{ .reg .b32 low; .reg .b64 x; add.u32 low, ${first + 4}, {advance}; mov.b64 x, {{low, ${first + 5}}}; "
+        f"wgmma.{name}.f32.{dtype}.{dtype} {{{outs}}}, {{{regs}}}, x,{where} {0 if sums is None else 1}, 1, 1, 0; }}"
       )
       tied = "" if sums is None else "," + ",".join(str(i) for i in range(count))
       sums = asm([f32] * count, [*(sums or []), *operands], text, ",".join(["=f"] * count) + tied + kinds)
