@@ -245,16 +245,16 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
 
     def compute_piece(i, w):
       block, first_step, steps, others = piece(i)
-      last = i + 1 == pieces
+      more_pieces = i + 1 < pieces
 
       def turn(j, carry):
         for stage in range(stages - 1):
           carry = step(stage, stage + 1, True, carry)
-        return step(stages - 1, 0, ((j + 1) * stages < steps) | ~last, carry)
+        return step(stages - 1, 0, ((j + 1) * stages < steps) | more_pieces, carry)
 
       def remaining_step(stage, carry):
-        ends = turns * stages + stage + 1 == steps
-        return step(stage, jnp.where(ends, 0, stage + 1), ~(ends & last), carry)
+        goes_on = turns * stages + stage + 1 < steps
+        return step(stage, jnp.where(goes_on, stage + 1, 0), goes_on | more_pieces, carry)
 
       carry, turns = (zero_sums, w), lax.div(steps, stages)
       carry = lax.fori_loop(0, turns, turn, carry)
