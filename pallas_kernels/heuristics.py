@@ -51,7 +51,7 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
   block_m = _hopper_block_m(problem)
   block_k, num_stages = {8: (256, 4), 16: (256, 4), 32: (256, 4), 64: (128, 5), 128: (64, 5)}[block_m]
   if problem.sparse24:
-    block_k, num_stages = (128, 5) if block_m == 128 else (256, 6)
+    block_k, num_stages = (128, 6) if block_m >= 64 else (256, 6)
   if split_k > 1 or problem.m > 128:
     # 23.5 against 25.5 us with 5, at M=128 of 4096 x 12288. At M=256 of 8192 x 28672 177.8 against 189.3 before the
     # ring was unrolled; since then more are no faster (171.2, and 170.9 with 6).
@@ -78,6 +78,7 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     # Two planes of nibbles or positions, 64 rows' sums and the next tile: more than four warpgroups have registers for.
     decode_ahead=block_k > problem.tile_k * warpgroups_k
     and not (block_m >= 64 and (problem.bits == 8 or problem.sparse24)),
+    unroll=block_m >= 64,
   )
   return dataclasses.replace(config, num_stages=min(num_stages, config.max_stages(problem)))
 

@@ -24,8 +24,8 @@ class HopperConfig:
     block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
     split_k: programs that share one output block, a cluster of as many; each sums a run of K.
-    programs: programs that share all blocks in equal runs, one for every multiprocessor (hopper_stripes.py); 0 for as
-      many programs as blocks, times split_k.
+    programs: one for every multiprocessor; those that the last wave leaves idle compute the tails of the others' K
+      (hopper_tails.py). 0 is a program for every block, times split_k.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
@@ -33,6 +33,7 @@ class HopperConfig:
       (its note C7513).
     sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
       weight. One more warpgroup adds up x.
+    unroll: one turn of the loop goes once round the ring of stages, so that addresses are constants.
   """
 
   block_m: int
@@ -45,6 +46,7 @@ class HopperConfig:
   scale_weights: bool = False
   decode_ahead: bool = True
   sum_zeros: bool = False
+  unroll: bool = False
 
   def __post_init__(self):
     for name, allowed in dict(
@@ -100,7 +102,7 @@ class HopperConfig:
   def y_in_ring(self) -> bool:
     """Whether what a program writes lies where the ring of stages was, because it takes as much shared memory.
 
-    With less rows that costs 0.2 us, for the barrier between reading and writing. A program of stripes reads on while
+    With less rows that costs 0.2 us, for the barrier between reading and writing. With tails a program reads on while
     it writes.
     """
     return self.block_m == _MANY_ROWS and not self.programs

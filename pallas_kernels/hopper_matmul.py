@@ -17,7 +17,7 @@ from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
 from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
 from pallas_kernels.hopper_reduce import PITCH, store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
-from pallas_kernels.hopper_stripes import Stripes, collect, publish
+from pallas_kernels.hopper_tails import Tails, collect, publish, release
 from pallas_kernels.problem import MatmulProblem
 
 
@@ -43,11 +43,11 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   return None
 
 
-def _kernel(*refs, config, problem, k_tiles, stripes):
+def _kernel(*refs, config, problem, k_tiles, tails):
   """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]).
 
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages;
-  with stripes, pieces of several such blocks one after the other (hopper_stripes.py). Every piece begins at stage 0.
+  with tails, several such pieces one after the other (hopper_tails.py). Every piece begins at stage 0.
 
     copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
     adding warpgroup        with sum_zeros: wait for `full`, add up the stage's x, arrive on `summed`
@@ -64,7 +64,7 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
   *refs, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
-  if stripes:
+  if tails:
     *refs, flags, y_gmem, partials = refs
   else:
     *refs, y_gmem = refs
@@ -74,11 +74,12 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
   c, tile_k = config, problem.tile_k
   stages, tiles = c.num_stages, c.block_k // tile_k
   tiles_each = tiles // c.warpgroups_k
+  m_blocks = -(-problem.m // c.block_m)
   wg = lax.axis_index("wg")
   sk = lax.axis_index("k") if c.split_k > 1 else 0
-  if stripes:
-    program = stripes.programs - 1 - lax.axis_index("program")  # it waits for programs above it: they start first
-    pieces = stripes.pieces(program)
+  if tails:
+    program = tails.programs - 1 - lax.axis_index("program")  # those that help start first
+    pieces = tails.pieces(program)
   else:
     pieces = 1
   group_size = _group_size(problem, c)
@@ -87,16 +88,15 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
   dtype = problem.dtype
 
   def piece(i):
-    """(n, m) of the i-th piece's block, its first step, the number of its steps, and who has the rest of the block."""
-    if not stripes:
+    """(n, m) of the i-th piece's block, its first step and the number of its steps."""
+    if not tails:
       first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
-      return (lax.axis_index("n"), lax.axis_index("m")), first_step, steps, None
-    (block, first_step, steps), others = stripes.piece(program, i)
-    m_blocks = -(-problem.m // c.block_m)
-    return (lax.div(block, m_blocks), lax.rem(block, m_blocks)), first_step, steps, others
+      return (lax.axis_index("n"), lax.axis_index("m")), first_step, steps
+    block, first_step, steps = tails.piece(program, i)
+    return (lax.div(block, m_blocks), lax.rem(block, m_blocks)), first_step, steps
 
   def copy_piece(i, used):
-    (nb, mb), first_step, steps, _ = piece(i)
+    (nb, mb), first_step, steps = piece(i)
 
     def copy_step(t, used):  # `used` stages have been written before and must have been read
       stage, step = lax.rem(t, stages), first_step + t
@@ -244,7 +244,7 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
       return carry
 
     def compute_piece(i, w):
-      block, first_step, steps, others = piece(i)
+      (nb, mb), _, steps = piece(i)
       more_pieces = i + 1 < pieces
 
       def turn(j, carry):
@@ -256,25 +256,33 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
         goes_on = turns * stages + stage + 1 < steps
         return step(stage, jnp.where(goes_on, stage + 1, 0), goes_on | more_pieces, carry)
 
-      carry, turns = (zero_sums, w), lax.div(steps, stages)
-      carry = lax.fori_loop(0, turns, turn, carry)
+      carry, turns = (zero_sums, w), 0
+      if c.unroll:
+        turns = lax.div(steps, stages)
+        carry = lax.fori_loop(0, turns, turn, carry)
       acc, w = lax.fori_loop(0, steps - turns * stages, remaining_step, carry)
-      if not stripes:
-        write(acc, *block)
-        return w
-      slot = program * c.compute_warpgroups + wg
+      if tails:
+        slot = (nb * m_blocks + mb - tails.waves * tails.programs) * c.compute_warpgroups + wg
+        helps = tails.helps(program, i)
 
-      @pl.when(first_step > 0)
-      def _():
-        publish(acc, partials, flags, slot)
+        @pl.when(helps)
+        def _():
+          @pl.when(i > tails.waves)
+          def _():
+            release(flags, slot - tails.helpers * c.compute_warpgroups)
 
-      @pl.when(first_step == 0)
-      def _():
-        total = lax.fori_loop(
-          *others, lambda other, acc: acc + collect(partials, flags, other * c.compute_warpgroups + wg), acc
-        )
-        write(total, *block)
+          publish(acc, partials, slot)
 
+          @pl.when(i + 1 == pieces)
+          def _():
+            release(flags, slot)
+
+        @pl.when(~helps)
+        def _():
+          helped = tails.is_helped(program, i)
+          write(lax.cond(helped, lambda: acc + collect(partials, flags, slot), lambda: acc), nb, mb)
+      else:
+        write(acc, nb, mb)
       return w
 
     def write(acc, nb, mb):
@@ -301,7 +309,7 @@ def _kernel(*refs, config, problem, k_tiles, stripes):
 
     zero_sums = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
     plgpu.barrier_wait(full.at[0])
-    if stripes:
+    if tails:
       lax.fori_loop(0, pieces, compute_piece, fragment(0, 0))
     else:
       compute_piece(0, fragment(0, 0))
@@ -359,9 +367,9 @@ def matmul_hopper(
   if steps < c.split_k:
     raise ValueError(f"split_k={c.split_k} must be at most the steps of block_k={c.block_k} in K={k}")
   blocks = dict(n=-(-n_tiles // c.warpgroups_n), m=-(-m // c.block_m))
-  stripes = None
+  tails = None
   if c.programs:
-    stripes = Stripes(programs=c.programs, blocks=math.prod(blocks.values()), steps=steps, stages=c.num_stages)
+    tails = Tails(programs=c.programs, blocks=math.prod(blocks.values()), steps=steps)
   # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
   x = _pad(x, 8 if m > 8 else 1, layout.TILE)
   others = [_pad(scales, 1, 8)]
@@ -384,12 +392,12 @@ def matmul_hopper(
   ]
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
   out_types = [jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype)]
-  if stripes:
-    slots = c.programs * c.compute_warpgroups
+  if tails:
+    slots = tails.owners * c.compute_warpgroups
     others.append(_flags(slots))
     out_types.append(jax.ShapeDtypeStruct((slots, layout.TILE, c.block_m), jnp.float32))
   y, *_ = plgpu.kernel(
-    functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles, stripes=stripes),
+    functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles, tails=tails),
     out_type=out_types,
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
@@ -401,8 +409,8 @@ def matmul_hopper(
       SMEM((stages, c.block_k // _segment(problem, c), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
       plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     ],
-    grid=(c.programs,) if stripes else tuple(blocks.values()),
-    grid_names=("program",) if stripes else tuple(blocks),
+    grid=(c.programs,) if tails else tuple(blocks.values()),
+    grid_names=("program",) if tails else tuple(blocks),
     cluster=(c.split_k,) if c.split_k > 1 else (),
     cluster_names=("k",) if c.split_k > 1 else (),
     num_threads=c.warpgroups,
