@@ -78,7 +78,9 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     # Two planes of nibbles or positions, 64 rows' sums and the next tile: more than four warpgroups have registers for.
     decode_ahead=block_k > problem.tile_k * warpgroups_k
     and not (block_m >= 64 and (problem.bits == 8 or problem.sparse24)),
-    unroll=block_m >= 64,
+    # 57.6 against 63.4 us at M=64 of 8192 x 28672. Three warpgroups with sums of 64 rows spill instead, 22.0 against
+    # 17.8 us at 4096 x 12288.
+    unroll=block_m >= 64 and not (block_m == 64 and warpgroups_n == 3),
   )
   return dataclasses.replace(config, num_stages=min(num_stages, config.max_stages(problem)))
 
@@ -109,8 +111,10 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
   if block_m == 128:
     # Over 128 rows, four parts of K beside each other instead of two: 44.2 against 61.4 us at M=256 of 14336 x 4096.
     choices = [(4, 1), (3, 1), *([(1, 2)] if problem.m <= block_m else [(2, 2), (1, 4)])]
-    if problem.sparse24 and (1, 4) in choices:
-      choices.remove((1, 4))  # 512 k of x, a tile for each, leave no room for a second stage
+    if problem.sparse24 and problem.m > block_m:
+      # Four parts of K are 512 k of x and leave no room for a second stage. Two tiles of columns need half the x of two
+      # parts of K: 31.7 against 36.0 us at M=256 of 14336 x 4096.
+      choices = [(4, 1), (3, 1), (2, 1)]
   times = {}
   for warpgroups_n, warpgroups_k in choices:
     blocks = -(-problem.m // block_m) * -(-n // (layout.TILE * warpgroups_n))

@@ -24,8 +24,6 @@ class HopperConfig:
     block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
     split_k: programs that share one output block, a cluster of as many; each sums a run of K.
-    programs: one for every multiprocessor; those that the last wave leaves idle compute the tails of the others' K
-      (hopper_tails.py). 0 is a program for every block, times split_k.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
@@ -33,7 +31,7 @@ class HopperConfig:
       (its note C7513).
     sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
       weight. One more warpgroup adds up x.
-    unroll: one turn of the loop goes once round the ring of stages, so that addresses are constants.
+    unroll: go once round the ring of stages in a turn of the loop, so that addresses are constants.
   """
 
   block_m: int
@@ -42,7 +40,6 @@ class HopperConfig:
   block_k: int
   num_stages: int
   split_k: int = 1
-  programs: int = 0
   scale_weights: bool = False
   decode_ahead: bool = True
   sum_zeros: bool = False
@@ -62,8 +59,6 @@ class HopperConfig:
       raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
     if self.num_stages < 2:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
-    if self.programs < 0 or (self.programs and self.split_k > 1):
-      raise ValueError(f"programs={self.programs} must be 0 or more, and 0 where split_k={self.split_k} is not 1")
     if self.sum_zeros and self.scale_weights:
       raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
@@ -100,12 +95,11 @@ class HopperConfig:
 
   @property
   def y_in_ring(self) -> bool:
-    """Whether what a program writes lies where the ring of stages was, because it takes as much shared memory.
+    """Whether what a program writes takes as much shared memory as what it reads: both then use the same.
 
-    With less rows that costs 0.2 us, for the barrier between reading and writing. With tails a program reads on while
-    it writes.
+    With less rows that would cost 0.2 us, for the barrier between reading and writing.
     """
-    return self.block_m == _MANY_ROWS and not self.programs
+    return self.block_m == _MANY_ROWS
 
   @property
   def compute_registers(self) -> int:

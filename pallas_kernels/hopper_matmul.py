@@ -2,7 +2,6 @@
 """The Mosaic GPU kernel for Hopper: weights as the register operand of wgmma, the batch as its narrow side."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,11 @@ from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
 from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, X_TRANSFORMS, decode_tile, mma_issue, mma_wait
 from pallas_kernels.hopper_reduce import PITCH, store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
-from pallas_kernels.hopper_tails import Tails, collect, publish, release
 from pallas_kernels.problem import MatmulProblem
 
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   """Why this kernel cannot take `problem` on `device`; None if it can."""
-  if problem.sparse24:
-    return "its form for 2:4 sparse weights has not run on a GPU yet"
   if jax.__version_info__ < (0, 11):
     return f"it needs JAX 0.11, this is {jax.__version__}"
   if device.platform != "cuda":
@@ -43,11 +39,10 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   return None
 
 
-def _kernel(*refs, config, problem, k_tiles, tails):
+def _kernel(*refs, config, problem, k_tiles):
   """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]).
 
-  One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages;
-  with tails, several such pieces one after the other (hopper_tails.py). Every piece begins at stage 0.
+  One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
 
     copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
     adding warpgroup        with sum_zeros: wait for `full`, add up the stage's x, arrive on `summed`
@@ -63,45 +58,29 @@ def _kernel(*refs, config, problem, k_tiles, tails):
 
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
-  *refs, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
-  if tails:
-    *refs, flags, y_gmem, partials = refs
-  else:
-    *refs, y_gmem = refs
-  x_gmem, w_gmem, s_gmem, *others = refs
+  x_gmem, w_gmem, s_gmem, *others, y_gmem, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
   z_gmem, meta_gmem = ([], others) if problem.sparse24 else (others, [])
-  (x_smem, w_smem, s_smem, z_smem, meta_smem), y_smem = ring  # y_smem may be where the ring is
+  (x_smem, w_smem, s_smem, z_smem, meta_smem), y_smem = ring
   c, tile_k = config, problem.tile_k
   stages, tiles = c.num_stages, c.block_k // tile_k
   tiles_each = tiles // c.warpgroups_k
-  m_blocks = -(-problem.m // c.block_m)
-  wg = lax.axis_index("wg")
+  wg, nb, mb = (lax.axis_index(name) for name in ("wg", "n", "m"))
   sk = lax.axis_index("k") if c.split_k > 1 else 0
-  if tails:
-    program = tails.programs - 1 - lax.axis_index("program")  # those that help start first
-    pieces = tails.pieces(program)
-  else:
-    pieces = 1
+  first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
   group_size = _group_size(problem, c)
   runs = c.groups_per_stage(problem)
   segment = _segment(problem, c)
   dtype = problem.dtype
 
-  def piece(i):
-    """(n, m) of the i-th piece's block, its first step and the number of its steps."""
-    if not tails:
-      first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
-      return (lax.axis_index("n"), lax.axis_index("m")), first_step, steps
-    block, first_step, steps = tails.piece(program, i)
-    return (lax.div(block, m_blocks), lax.rem(block, m_blocks)), first_step, steps
+  @pl.when(wg == c.compute_warpgroups)
+  def copy():
+    plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
-  def copy_piece(i, used):
-    (nb, mb), first_step, steps = piece(i)
-
-    def copy_step(t, used):  # `used` stages have been written before and must have been read
+    @pl.loop(0, steps)
+    def _(t):
       stage, step = lax.rem(t, stages), first_step + t
 
-      @pl.when(stage < used)
+      @pl.when(t >= stages)
       def _():
         plgpu.barrier_wait(empty.at[stage])
 
@@ -121,14 +100,6 @@ def _kernel(*refs, config, problem, k_tiles, tails):
         plgpu.copy_gmem_to_smem(
           gmem.at[pl.ds(group, runs), pl.ds(nb * c.block_n, c.block_n)], smem.at[stage], full.at[stage]
         )
-      return jnp.maximum(used, stage + 1)
-
-    return lax.fori_loop(0, steps, copy_step, used)
-
-  @pl.when(wg == c.compute_warpgroups)
-  def copy():
-    plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-    lax.fori_loop(0, pieces, copy_piece, 0)
 
   if c.sum_zeros:
 
@@ -136,14 +107,12 @@ def _kernel(*refs, config, problem, k_tiles, tails):
     def add_up_x():
       plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
-      @pl.loop(0, pieces)
-      def _(i):
-        @pl.loop(0, piece(i)[2])
-        def _(t):
-          stage = lax.rem(t, stages)
-          plgpu.barrier_wait(full.at[stage])
-          negative_row_sums(x_smem, sums_smem, stage)
-          plgpu.barrier_arrive(summed.at[stage])
+      @pl.loop(0, steps)
+      def _(t):
+        stage = lax.rem(t, stages)
+        plgpu.barrier_wait(full.at[stage])
+        negative_row_sums(x_smem, sums_smem, stage)
+        plgpu.barrier_arrive(summed.at[stage])
 
   @pl.when(wg < c.compute_warpgroups)
   def compute():
@@ -228,12 +197,12 @@ def _kernel(*refs, config, problem, k_tiles, tails):
           partial = done_tiles[0]
       return acc, w
 
-    def step(stage, next_stage, more, carry):
-      """One step of the ring; the next is in `next_stage`, if there are `more`."""
+    def step(t, carry, stage):
       acc, w = carry
+      next_stage = (stage + 1) % stages if isinstance(stage, int) else lax.rem(t + 1, stages)
 
       def following():
-        @pl.when(more)  # or else what is read is of no use
+        @pl.when(t + 1 < steps)  # or else what is read is of no use
         def _():
           plgpu.barrier_wait(full.at[next_stage])
 
@@ -243,50 +212,21 @@ def _kernel(*refs, config, problem, k_tiles, tails):
       plgpu.barrier_arrive(empty.at[stage])
       return carry
 
-    def compute_piece(i, w):
-      (nb, mb), _, steps = piece(i)
-      more_pieces = i + 1 < pieces
+    def turn(i, carry):
+      for stage in range(stages):
+        carry = step(i * stages + stage, carry, stage)
+      return carry
 
-      def turn(j, carry):
-        for stage in range(stages - 1):
-          carry = step(stage, stage + 1, True, carry)
-        return step(stages - 1, 0, ((j + 1) * stages < steps) | more_pieces, carry)
+    plgpu.barrier_wait(full.at[0])
+    zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
+    carry, turns = (zero, fragment(0, 0)), 0
+    if c.unroll:
+      turns = lax.div(steps, stages)
+      carry = lax.fori_loop(0, turns, turn, carry)
+    acc, _ = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
 
-      def remaining_step(stage, carry):
-        goes_on = turns * stages + stage + 1 < steps
-        return step(stage, jnp.where(goes_on, stage + 1, 0), goes_on | more_pieces, carry)
-
-      carry, turns = (zero_sums, w), 0
-      if c.unroll:
-        turns = lax.div(steps, stages)
-        carry = lax.fori_loop(0, turns, turn, carry)
-      acc, w = lax.fori_loop(0, steps - turns * stages, remaining_step, carry)
-      if tails:
-        slot = (nb * m_blocks + mb - tails.waves * tails.programs) * c.compute_warpgroups + wg
-        helps = tails.helps(program, i)
-
-        @pl.when(helps)
-        def _():
-          @pl.when(i > tails.waves)
-          def _():
-            release(flags, slot - tails.helpers * c.compute_warpgroups)
-
-          publish(acc, partials, slot)
-
-          @pl.when(i + 1 == pieces)
-          def _():
-            release(flags, slot)
-
-        @pl.when(~helps)
-        def _():
-          helped = tails.is_helped(program, i)
-          write(lax.cond(helped, lambda: acc + collect(partials, flags, slot), lambda: acc), nb, mb)
-      else:
-        write(acc, nb, mb)
-      return w
-
-    def write(acc, nb, mb):
-      if c.y_in_ring:
+    with jax.named_scope("reduce"):
+      if c.y_in_ring:  # y_smem is where the ring was
         plgpu.barrier_arrive(consumed)
         plgpu.barrier_wait(consumed)
       store_partial(acc.astype(y_smem.dtype), y_smem.at[wg], across_programs=c.split_k > 1)
@@ -306,13 +246,6 @@ def _kernel(*refs, config, problem, k_tiles, tails):
       if c.split_k > 1:  # its shared memory must outlive the reads of the others
         plgpu.barrier_arrive(done.at[column_tile])
         plgpu.barrier_wait(done.at[column_tile])
-
-    zero_sums = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    plgpu.barrier_wait(full.at[0])
-    if tails:
-      lax.fori_loop(0, pieces, compute_piece, fragment(0, 0))
-    else:
-      compute_piece(0, fragment(0, 0))
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace, one lowering and one compilation
@@ -363,13 +296,8 @@ def matmul_hopper(
     raise ValueError(f"{config} with {runs} groups a stage has shared memory for {most} stages of {problem}")
   c = config
   tiles, planes = c.block_k // tile_k, problem.bits // 4
-  steps = -(-k_tiles // tiles)
-  if steps < c.split_k:
+  if -(-k_tiles // tiles) < c.split_k:
     raise ValueError(f"split_k={c.split_k} must be at most the steps of block_k={c.block_k} in K={k}")
-  blocks = dict(n=-(-n_tiles // c.warpgroups_n), m=-(-m // c.block_m))
-  tails = None
-  if c.programs:
-    tails = Tails(programs=c.programs, blocks=math.prod(blocks.values()), steps=steps)
   # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
   x = _pad(x, 8 if m > 8 else 1, layout.TILE)
   others = [_pad(scales, 1, 8)]
@@ -377,7 +305,6 @@ def matmul_hopper(
     others.append(_pad(zeros.astype(x.dtype), 1, 8))
   if problem.sparse24:
     others.append(meta.reshape(n_tiles, k_tiles, 4, 128))
-  copies = 2 + len(others)  # of a stage
   SMEM, stages = plgpu.SMEM, c.num_stages
   y_dtype = jnp.dtype(jnp.float32) if c.reduces else x.dtype
   barrier = plgpu.Barrier
@@ -391,17 +318,12 @@ def matmul_hopper(
     SMEM((stages, c.warpgroups_n, tiles, 4, 128) if problem.sparse24 else (1, 1, 1, 1, 8), jnp.int16),
   ]
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
-  out_types = [jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype)]
-  if tails:
-    slots = tails.owners * c.compute_warpgroups
-    others.append(_flags(slots))
-    out_types.append(jax.ShapeDtypeStruct((slots, layout.TILE, c.block_m), jnp.float32))
-  y, *_ = plgpu.kernel(
-    functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles, tails=tails),
-    out_type=out_types,
+  y = plgpu.kernel(
+    functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles),
+    out_type=jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype),
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
-      plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2 + len(others), num_barriers=stages),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
@@ -409,8 +331,8 @@ def matmul_hopper(
       SMEM((stages, c.block_k // _segment(problem, c), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
       plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     ],
-    grid=(c.programs,) if tails else tuple(blocks.values()),
-    grid_names=("program",) if tails else tuple(blocks),
+    grid=(-(-n_tiles // c.warpgroups_n), -(-m // c.block_m)),
+    grid_names=("n", "m"),
     cluster=(c.split_k,) if c.split_k > 1 else (),
     cluster_names=("k",) if c.split_k > 1 else (),
     num_threads=c.warpgroups,
@@ -442,7 +364,3 @@ def _segment(problem: MatmulProblem, config: HopperConfig) -> int:
 def _pad(array, rows: int, columns: int):
   (r, c) = array.shape
   return jnp.pad(array, ((0, -r % rows), (0, -c % columns))) if r % rows or c % columns else array
-
-
-def _flags(slots: int):
-  return jnp.zeros((slots,), jnp.int32)

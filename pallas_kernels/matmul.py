@@ -71,7 +71,8 @@ def matmul(
     scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
     zeros: zero points, like scales; None is the middle code, 8 or 128. A kernel rounds codes - zeros to x's dtype,
       which is exact for integers, and rounds zeros that are not to it before.
-    meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros.
+    meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros. Where a weight is
+      pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table of configs by `marlin-jax tune`, looked up before the shipped one; None takes the one that the

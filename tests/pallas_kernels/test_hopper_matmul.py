@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, hardware, heuristics, hopper_matmul, layout, layout24
+from pallas_kernels import MatmulProblem, hardware, hopper_matmul, layout, layout24
 from pallas_kernels.heuristics import hopper_config
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.hopper_matmul import matmul_hopper, unsupported_reason
@@ -115,54 +115,6 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
   config = dataclasses.replace(CONFIG, **change)
   y = jax.jit(functools.partial(matmul_hopper, config=config))(x, problems.packed(codes), scales)
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
-
-
-TAILS = [
-  (1, 4096, 16640),  # 65 blocks of 16 steps for 96 programs
-  (16, 4480, 16960),  # the last column block is not whole, the last step neither
-  (33, 2048, 17920),
-  (64, 2048, 17408),
-  (100, 4096, 12288),  # a helper for every owner
-  (300, 1024, 12544),  # 147 blocks: whole ones first
-]
-KINDS = [dict(bits=4, zeros=False), dict(bits=4, zeros=True), dict(bits=8, zeros=False)]
-
-
-def with_tails(problem):
-  config = dataclasses.replace(heuristics._hopper_config(problem, 4, 1, 1), num_stages=2, programs=96)
-  return dataclasses.replace(config, num_stages=min(4, config.max_stages(problem)))
-
-
-@needs_jax_0_11
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("m, k, n", TAILS)
-def test_tails_lower_for_an_h200(lower_for_h200, m, k, n, kind):
-  config = with_tails(MatmulProblem(m=m, n=n, k=k, group_size=128, dtype=BF16, **kind))
-  text = lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(m, k, n, 128, BF16, **kind))
-  assert_fast_path(text, "bf16", config.block_m)
-  assert "st.release.gpu" in text and "ld.acquire.gpu" in text
-
-
-@pytest.mark.gpu
-@needs_jax_0_11
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("m, k, n", TAILS)
-def test_tails_agree_with_the_reference(rng, m, k, n, kind, dtype):
-  x, codes, scales = problems.random(rng, m, k, n, k // 128, dtype)
-  zeros = None
-  if kind["zeros"] or kind["bits"] == 8:
-    codes, zeros = problems.with_zeros(rng, codes, scales, kind["bits"], dtype)
-  zeros = zeros if kind["zeros"] else None
-  problem = MatmulProblem(m=m, n=n, k=k, group_size=128, dtype=dtype, **kind)
-  config = with_tails(problem)
-  args = x, layout.pack_codes(codes, kind["bits"]), scales, zeros
-  run = jax.jit(functools.partial(matmul_hopper, config=config))
-  y = run(*args)
-  weight_dtype = dtype if config.scale_weights else np.float64
-  problems.assert_close(y, x, codes, scales, zeros, kind["bits"], weight_dtype=weight_dtype)
-  for _ in range(20):
-    np.testing.assert_array_equal(run(*args), y)
 
 
 @pytest.mark.gpu
@@ -312,7 +264,6 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
     (dict(), dataclasses.replace(H200, kind="NVIDIA A100-SXM4-80GB"), "'NVIDIA A100-SXM4-80GB' is none"),
     (dict(dtype=jnp.dtype(jnp.float32)), H200, "not float32"),
     (dict(group_size=96), H200, "group_size=96 must be 32, a multiple of 64"),
-    (dict(sparse24=True), H200, "its form for 2:4 sparse weights has not run on a GPU yet"),
     (dict(group_size=32, zeros=True), H200, "zero points need groups of at least 64, not group_size=32"),
   ):
     assert message in unsupported_reason(dataclasses.replace(problem, **change), device)
