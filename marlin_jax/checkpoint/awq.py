@@ -24,6 +24,7 @@ from marlin_jax.checkpoint.layers import (
   covered_spec,
   layers_with,
   not_covered,
+  on_device,
   read_integers,
   read_scales,
 )
@@ -69,7 +70,7 @@ class AwqLayers(QuantizedLayers):
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
     qweight, qzeros = (read_integers(self.checkpoint, f"{name}.{leaf}", np.int32) for leaf in ("qweight", "qzeros"))
     scales = read_scales(self.checkpoint, f"{name}.scales", device)
-    return packed(_decode(jax.device_put(qweight, device)), scales, decode(qzeros))
+    return packed(_decode(on_device(qweight, device)), scales, decode(qzeros))
 
 
 _KEYS = (("bits", "w_bit"), ("group_size", "q_group_size"))  # the second names are those of old quant_config.json files

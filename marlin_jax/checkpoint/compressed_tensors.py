@@ -35,6 +35,7 @@ from marlin_jax.checkpoint.layers import (
   covered_spec,
   layers_with,
   not_covered,
+  on_device,
   read_integers,
   read_scales,
 )
@@ -174,7 +175,7 @@ class CompressedTensorsLayers(QuantizedLayers):
     weight_packed = read_integers(self.checkpoint, f"{name}.weight_packed", np.int32)
     scales = read_scales(self.checkpoint, f"{name}.weight_scale", device, transpose=True)
     zeros = None if spec.symmetric else self._read_zeros(name, n, groups).T
-    return packed(decode(jax.device_put(weight_packed, device), spec.bits), scales, zeros, permutation, spec.bits)
+    return packed(decode(on_device(weight_packed, device), spec.bits), scales, zeros, permutation, spec.bits)
 
   def _read_zeros(self, name: str, n: int, groups: int) -> np.ndarray:
     tensor, bits = f"{name}.weight_zero_point", self[name].bits

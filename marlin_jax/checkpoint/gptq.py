@@ -36,6 +36,7 @@ from marlin_jax.checkpoint.layers import (
   covered_spec,
   layers_with,
   not_covered,
+  on_device,
   read_integers,
   read_scales,
 )
@@ -104,7 +105,7 @@ class GptqLayers(QuantizedLayers):
     permutation = act_order(self.checkpoint, g_idx, k, spec.groups(k)) if g_idx in self.checkpoint else None
     qweight = read_integers(self.checkpoint, f"{name}.qweight", np.int32)
     scales = read_scales(self.checkpoint, f"{name}.scales", device)
-    codes = decode(jax.device_put(qweight, device), spec.bits)
+    codes = decode(on_device(qweight, device), spec.bits)
     return packed(codes, scales, zeros, permutation, spec.bits)
 
   def _read_zeros(self, name: str) -> np.ndarray | None:

@@ -76,6 +76,7 @@ def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dty
     NotImplementedError: a quantized layer is none that a QuantLinear can be.
   """
   check_names_and_shapes(model, checkpoint, quantized)
+  checkpoint.read_ahead()
   layers = dense_layers(model)
   for name in quantized:
     path, linear = layers[name]

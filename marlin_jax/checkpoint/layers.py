@@ -102,6 +102,11 @@ def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:
   return list(dict.fromkeys(layer for layer, _, leaf in parts if leaf in leaves))
 
 
+def on_device(tensor: np.ndarray, device) -> jax.Array:
+  """The tensor on `device`: a copy also where that is the host, whose file may change while its arrays may not."""
+  return jax.device_put(tensor, device, may_alias=False)
+
+
 def read_float(
   checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device, *, transpose: bool = False
 ) -> jax.Array:
@@ -110,23 +115,27 @@ def read_float(
   Raises:
     CheckpointError: it is not bfloat16, float16 or float32, or it holds NaN or infinite values, if only after the cast.
   """
+  return _read_float(checkpoint, name, dtype, device, transpose=transpose)[0]
+
+
+def _read_float(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, device, *, transpose: bool):
   tensor = checkpoint[name]
   if tensor.dtype not in (jnp.bfloat16, np.float16, np.float32):
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {tensor.dtype}, must be bfloat16, float16 or float32")
   dtype = tensor.dtype if dtype is None else np.dtype(dtype)
-  array, finite = _cast(jax.device_put(tensor, device), dtype=dtype, transpose=transpose)
+  array, finite, nonzero = _cast(on_device(tensor, device), dtype=dtype, transpose=transpose)
   if not finite:
     raise CheckpointError(
       f"{checkpoint.folder}: tensor {name} has NaN or infinite values as {array.dtype}, must be finite"
     )
-  return array
+  return array, nonzero
 
 
 @partial(jax.jit, static_argnames=("dtype", "transpose"))
-def _cast(tensor: jax.Array, *, dtype: np.dtype, transpose: bool) -> tuple[jax.Array, jax.Array]:
-  """The tensor as it is wanted, and whether all of it is finite: one compiled program for a shape."""
+def _cast(tensor: jax.Array, *, dtype: np.dtype, transpose: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The tensor as it is wanted, whether all of it is finite, and whether none is zero: one program for a shape."""
   array = tensor.astype(dtype)
-  return array.T if transpose else array, jnp.isfinite(array).all()
+  return array.T if transpose else array, jnp.isfinite(array).all(), array.all()
 
 
 def read_scales(checkpoint: Checkpoint, name: str, device, *, transpose: bool = False) -> jax.Array:
@@ -135,8 +144,8 @@ def read_scales(checkpoint: Checkpoint, name: str, device, *, transpose: bool = 
   Raises:
     CheckpointError: as for `read_float`, and if one is zero: its group would be lost.
   """
-  scales = read_float(checkpoint, name, None, device, transpose=transpose)
-  if not checkpoint[name].all():
+  scales, nonzero = _read_float(checkpoint, name, None, device, transpose=transpose)
+  if not nonzero:
     raise CheckpointError(f"{checkpoint.folder}: tensor {name} has zeros, scales must not be zero")
   return scales
 

@@ -37,6 +37,7 @@ from marlin_jax.checkpoint.layers import (
   covered_spec,
   layers_with,
   not_covered,
+  on_device,
   read_integers,
   read_scales,
 )
@@ -92,4 +93,4 @@ class MarlinLayers(QuantizedLayers):
 
   def read(self, name: str, k: int, n: int, device) -> PackedTensor:
     words = read_integers(self.checkpoint, f"{name}.B", np.int32)
-    return packed(*decode(jax.device_put(words, device), read_scales(self.checkpoint, f"{name}.s", device)))
+    return packed(*decode(on_device(words, device), read_scales(self.checkpoint, f"{name}.s", device)))

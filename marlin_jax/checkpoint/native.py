@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -45,6 +44,7 @@ from marlin_jax.checkpoint.huggingface import (
 from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
   layers_with,
+  on_device,
   read_float,
   read_integers,
   read_scales,
@@ -120,9 +120,9 @@ class NativeLayers(QuantizedLayers):
         raise CheckpointError(
           f"{self.checkpoint.folder}: tensor {name}.permutation must hold every number from 0 to {k - 1} once"
         )
-      permutation = jax.device_put(permutation, device)
+      permutation = on_device(permutation, device)
     return PackedTensor(
-      qweight=jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
+      qweight=on_device(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
       scales=read_scales(self.checkpoint, f"{name}.scales", device),
       zeros=None if self[name].symmetric else read_float(self.checkpoint, f"{name}.zeros", None, device),
       permutation=permutation,
@@ -130,13 +130,13 @@ class NativeLayers(QuantizedLayers):
     )
 
   def _read_sparse(self, name: str, k: int, device) -> SparsePackedTensor:
-    meta = jax.device_put(read_integers(self.checkpoint, f"{name}.meta", np.int16), device)
+    meta = on_device(read_integers(self.checkpoint, f"{name}.meta", np.int16), device)
     if not layout24.meta_is_sound(meta):
       raise CheckpointError(
         f"{self.checkpoint.folder}: tensor {name}.meta must hold two ascending positions for every four weights"
       )
     return SparsePackedTensor(
-      qweight=jax.device_put(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
+      qweight=on_device(read_integers(self.checkpoint, f"{name}.qweight", np.int16), device),
       meta=meta,
       scales=read_scales(self.checkpoint, f"{name}.scales", device),
       k=k,

@@ -111,6 +111,9 @@ class _Decompressed(Checkpoint):
       return self._stored.nbytes(name)
     return sum(self._stored.nbytes(f"{self._layers[name]}.{leaf}") for leaf in _LEAVES)
 
+  def read_ahead(self) -> None:
+    self._stored.read_ahead()
+
   def _is_part(self, name: str) -> bool:
     layer, _, leaf = name.rpartition(".")
     return leaf in _LEAVES and f"{layer}.weight" in self._layers
