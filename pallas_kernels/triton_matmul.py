@@ -132,7 +132,7 @@ def sum_product(x_ref, group_refs, y_ref, load_weights, *, problem, config):
   steps = -(-problem.k // c.block_k)
   steps_each = -(-steps // c.split_k)
   # A step inside one group has one scale a column; a step over several groups one dot for each, x masked to its k.
-  groups_per_step = max(1, c.block_k // group_size)
+  groups_per_step = max(1, min(c.block_k, problem.k) // group_size)
   last_group = problem.k // group_size - 1
   m, n = m0 + jnp.arange(c.block_m, dtype=jnp.int32), n0 + jnp.arange(c.block_n, dtype=jnp.int32)
   # Where nothing sticks out there is no mask at all, so that loads stay 16 bytes wide.

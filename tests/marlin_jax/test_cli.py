@@ -132,10 +132,10 @@ def test_a_shape_that_is_none_is_named(capsys):
   assert "shape '4096by4096' must be KxN" in capsys.readouterr().err
 
 
-def test_quantize_calibrates_on_the_text_it_is_given(tmp_path, capsys):
+def test_quantize_calibrates_on_the_text_it_is_given(small_checkpoint, tmp_path, capsys):
   (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
   text = ["--calibration", str(tmp_path / "text.txt"), "--calibration-count", "2", "--calibration-length", "32"]
-  command = ["quantize", str(LLAMA), str(tmp_path / "out"), "--method", "gptq", "--act-order", *text]
+  command = ["quantize", str(small_checkpoint), str(tmp_path / "out"), "--method", "gptq", "--act-order", *text]
   assert main(command) == 0
   assert "14 quantized layers" in capsys.readouterr().out
   assert load_model(tmp_path / "out").layers[0].mlp.up_proj.permutation is not None

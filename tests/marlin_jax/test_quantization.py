@@ -34,9 +34,12 @@ ALL = {
 }
 
 
-@functools.cache
-def in_memory(name):
-  return quantize(load_model(LLAMA), group_size=64, progress=False, **ALL[name])
+@pytest.fixture(scope="module")
+def in_memory(small_checkpoint):
+  """name -> the model, quantized in memory."""
+  return functools.cache(
+    lambda name: quantize(load_model(small_checkpoint), group_size=64, progress=False, **ALL[name])
+  )
 
 
 def layers(model):
@@ -44,8 +47,10 @@ def layers(model):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(name, tmp_path):
-  quantize_checkpoint(LLAMA, tmp_path / "out", group_size=64, progress=False, **ALL[name])
+def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(
+  name, in_memory, small_checkpoint, tmp_path
+):
+  quantize_checkpoint(small_checkpoint, tmp_path / "out", group_size=64, progress=False, **ALL[name])
   loaded, model = load_model(tmp_path / "out"), in_memory(name)
   assert len(layers(model)) == len(layers(loaded)) == 14
   for a, b in zip(layers(model), layers(loaded), strict=True):
@@ -58,15 +63,15 @@ def test_a_checkpoint_quantized_in_a_folder_is_the_model_quantized_in_memory(nam
   assert len(generate(loaded, [[1, 2, 3]], max_new_tokens=2)[0]) == 2
 
 
-def test_a_sparse_model_goes_on_as_before_when_it_was_saved(tmp_path):
-  model = quantize(load_model(LLAMA), group_size=64, progress=False, **ALL["sparse24-gptq"])
+def test_a_sparse_model_goes_on_as_before_when_it_was_saved(small_checkpoint, tmp_path):
+  model = quantize(load_model(small_checkpoint), group_size=64, progress=False, **ALL["sparse24-gptq"])
   save_model(model, tmp_path / "out")
   before, after = (generate(m, [[1, 2, 3]], max_new_tokens=8) for m in (model, load_model(tmp_path / "out")))
   assert before == after and len(after[0]) == 8
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_what_calibration_made_goes_out_as_compressed_tensors(name, tmp_path):
+def test_what_calibration_made_goes_out_as_compressed_tensors(name, in_memory, tmp_path):
   save_model(in_memory(name), tmp_path / "theirs", format="compressed-tensors")
   for a, b in zip(layers(in_memory(name)), layers(load_model(tmp_path / "theirs")), strict=True):
     np.testing.assert_array_equal(unpack(a.packed).dequantize(), unpack(b.packed).dequantize())

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation
 from tests.pallas_kernels import problems
 
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
+DTYPES = (BF16, F16)
+GROUP_SIZES = (32, 64, 128, None)
 M_SWEEP = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 129, 257)
 CUDA = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
 
@@ -70,9 +73,29 @@ def weight_dtype(name: str, m: int, group_size: int, dtype) -> np.dtype:
   return dtype if rounds else np.dtype(np.float64)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("group_size", [32, 64, 128, None])
-@pytest.mark.parametrize("m", M_SWEEP)
+def cases(fixture: str, names: str, on_a_gpu: list, on_a_cpu: list):
+  """Parametrizes a test that takes `fixture` by implementation and case.
+
+  A GPU has all cases. On a CPU a case is a program of its own, which takes a second to compile: it has those in which
+  every value meets every value of the other arguments that it could fail with.
+  """
+  implementations = dict(run=DENSE + SPARSE, run_dense=DENSE)[fixture]
+  params = [(name, *case) for name in implementations if isinstance(name, str) for case in on_a_cpu]
+  for on_gpu in implementations:
+    if not isinstance(on_gpu, str):
+      params += [pytest.param(*on_gpu.values, *case, marks=on_gpu.marks) for case in on_a_gpu]
+  return pytest.mark.parametrize(f"{fixture}, {names}", params, indirect=[fixture], ids=str)
+
+
+SWEEP = list(itertools.product(M_SWEEP, GROUP_SIZES, DTYPES))
+# Every m with two group sizes, one in either dtype; every block_m of the heuristic (16, 32, 64, 128), and either dtype,
+# with all four.
+SHORT_SWEEP = [
+  (m, GROUP_SIZES[j], DTYPES[(i // 2 + j) % 2]) for i, m in enumerate(M_SWEEP) for j in (2 * (i % 2), 2 * (i % 2) + 1)
+]
+
+
+@cases("run", "m, group_size, dtype", SWEEP, SHORT_SWEEP)
 def test_random_problem_is_right(run, rng, m, group_size, dtype):
   k, n = 256, 128
   x, codes, scales = problems.random(rng, m, k, n, 1 if group_size is None else k // group_size, dtype)
@@ -85,7 +108,15 @@ def test_random_problem_is_right(run, rng, m, group_size, dtype):
 
 
 # Every kind of weight but the plain one: bits, and zero points that are whole, or not.
-KINDS = pytest.mark.parametrize("bits, zeros", [(4, "whole"), (4, "fractional"), (8, None), (8, "whole")])
+KINDS = [(4, "whole"), (4, "fractional"), (8, None), (8, "whole")]
+EXACT_KINDS = [(bits, zeros) for bits, zeros in KINDS if zeros != "fractional"]
+
+
+def of_every_kind(sizes: list, kinds: list):
+  """Cases of `cases`: sizes, dtype and kind; all of them, and half, in which every two of the three meet."""
+  combinations = itertools.product(enumerate(sizes), enumerate(DTYPES), enumerate(kinds))
+  every = [(i + j + l, (*size, dtype, *kind)) for (i, size), (j, dtype), (l, kind) in combinations]
+  return [case for _, case in every], [case for index, case in every if index % 2 == 0]
 
 
 def random_of_kind(rng, m, k, n, groups, bits, zeros, dtype):
@@ -94,9 +125,10 @@ def random_of_kind(rng, m, k, n, groups, bits, zeros, dtype):
   return x, codes, scales, points if zeros else None
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("m, group_size", [(1, 128), (3, None), (17, 16), (33, 64), (64, 32), (129, 128)])
+SIZES_OF_KINDS = [(1, 128), (3, None), (17, 16), (33, 64), (64, 32), (129, 128)]
+
+
+@cases("run_dense", "m, group_size, dtype, bits, zeros", *of_every_kind(SIZES_OF_KINDS, KINDS))
 def test_every_kind_of_weight_is_right(run_dense, rng, m, group_size, dtype, bits, zeros):
   k, n = 256, 128
   x, codes, scales, points = random_of_kind(rng, m, k, n, k // (group_size or k), bits, zeros, dtype)
@@ -113,11 +145,9 @@ def test_every_kind_of_weight_is_right(run_dense, rng, m, group_size, dtype, bit
     problems.assert_close(y, x, codes, scales, points, bits, weight_dtype=rounding)
 
 
-@KINDS
+@pytest.mark.parametrize("bits, zeros", EXACT_KINDS)
 @pytest.mark.parametrize("k, n, group_size", [(77, 93, None), (96, 65, 32), (192, 191, 64)])
 def test_odd_sizes_of_every_kind_are_right(run_dense, rng, k, n, group_size, bits, zeros):
-  if zeros == "fractional":
-    zeros = "whole"
   x, codes, scales, points = random_of_kind(rng, 5, k, n, k // (group_size or k), bits, zeros, BF16)
   rounding = weight_dtype(run_dense.name, 5, group_size or k, BF16)
   problems.assert_close(
@@ -125,20 +155,18 @@ def test_odd_sizes_of_every_kind_are_right(run_dense, rng, k, n, group_size, bit
   )
 
 
-@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("group_size", [16, 128, None])
+@cases(
+  "run_dense", "group_size, dtype, bits, zeros", *of_every_kind([(size,) for size in (16, 128, None)], EXACT_KINDS)
+)
 def test_identity_gives_the_weight_of_every_kind_bit_by_bit(run_dense, rng, group_size, dtype, bits, zeros):
   k, n = 256, 128
-  _, codes, scales, points = random_of_kind(
-    rng, 1, k, n, k // (group_size or k), bits, "whole" if zeros else None, dtype
-  )
+  _, codes, scales, points = random_of_kind(rng, 1, k, n, k // (group_size or k), bits, zeros, dtype)
   y = run_dense(jnp.eye(k, dtype=dtype), codes, scales, points, bits)
   w = problems.expected(np.eye(k), codes, scales, points, bits)
   np.testing.assert_array_equal(y, jnp.asarray(w, jnp.float32).astype(dtype))
 
 
-@pytest.mark.parametrize("bits, zeros", [(4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("bits, zeros", EXACT_KINDS)
 @pytest.mark.parametrize("m", [1, 33])
 def test_cancelling_sums_of_every_kind_are_exact(run_dense, rng, m, bits, zeros):
   k, n, groups = 2048, 128, 16

@@ -13,11 +13,11 @@ TEXT = "the quick brown fox jumps over the lazy dog and the cat sleeps on the ma
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(tmp_path_factory, small_checkpoint):
   """Some methods, on a tiny model with random weights: a window of 256 tokens of text."""
   file = tmp_path_factory.mktemp("quality") / "quality.csv"
   bench_quality(
-    LLAMA,
+    small_checkpoint,
     TEXT,
     [TEXT],
     methods=TRIED,
@@ -54,10 +54,10 @@ def test_the_table_becomes_a_picture(table, tmp_path):
     plot(table, tmp_path / "other.png", "speedup")
 
 
-def test_pruning_alone_has_neither_codes_nor_groups(tmp_path):
+def test_pruning_alone_has_neither_codes_nor_groups(tmp_path, small_checkpoint):
   file = tmp_path / "quality.csv"
   options = dict(windows=1, calibration_count=4, calibration_length=32, output=file)
-  bench_quality(LLAMA, TEXT, [TEXT], methods=SPARSE_METHODS, bits=(16,), **options)
+  bench_quality(small_checkpoint, TEXT, [TEXT], methods=SPARSE_METHODS, bits=(16,), **options)
   bf16, *rows = read_rows(file)
   assert [row["method"] for row in rows] == list(SPARSE_METHODS)
   assert all(row["bits"] == "16" and row["group_size"] == "" and row["output_error"] == "" for row in rows)

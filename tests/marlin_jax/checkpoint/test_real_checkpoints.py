@@ -45,6 +45,8 @@ QUANTIZED = {
 }
 ALL = pytest.mark.parametrize("name", QUANTIZED)
 
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
 
 @pytest.fixture
 def folder(name):
@@ -93,7 +95,7 @@ def test_logits_and_greedy_tokens_are_the_recorded_ones(folder):
 
 def assert_recorded(model, folder):
   recorded = np.load(folder / "logits_fp32_ref.npz")
-  logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(recorded["input_ids"], jnp.int32))
+  logits = forward(model, jnp.asarray(recorded["input_ids"], jnp.int32))
   np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
   rows, length = recorded["input_ids"].shape
   generated = [[] for _ in range(rows)]

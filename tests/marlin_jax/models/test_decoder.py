@@ -31,6 +31,11 @@ TINY = ModelConfig(
 forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
+@partial(jax.jit, static_argnums=0)
+def hidden_of(graphdef, weights, tokens, start, cache):
+  return nnx.merge(graphdef, weights).hidden(tokens, start, cache)
+
+
 def tiny(**changes) -> Decoder:
   config = dataclasses.replace(TINY, **changes)
   return Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -83,9 +88,11 @@ def test_rows_of_different_lengths_share_a_cache(windows):
   rows = np.random.default_rng(0).integers(0, 32, (2, 9)).astype(np.int32)
   lengths = jnp.array([5, 2], jnp.int32)
   prompt = jnp.where(jnp.arange(5) < lengths[:, None], rows[:, :5], 0)
-  _, cache = model.hidden(prompt, jnp.zeros(2, jnp.int32), KVCache.empty(model.config, 2, 9, jnp.float32))
+  _, cache = hidden_of(
+    *nnx.split(model), prompt, jnp.zeros(2, jnp.int32), KVCache.empty(model.config, 2, 9, jnp.float32)
+  )
   rest = jnp.stack([rows[0, 5:9], rows[1, 2:6]])
-  hidden, _ = model.hidden(rest, lengths, cache)
+  hidden, _ = hidden_of(*nnx.split(model), rest, lengths, cache)
   logits = model.logits(hidden)
   full = forward(model, jnp.asarray(rows))
   np.testing.assert_allclose(logits[0], full[0, 5:9], atol=1e-5)
@@ -98,8 +105,8 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen(left):
 
   def hidden(filled_with):
     cache = jax.tree.map(lambda a: jnp.full_like(a, filled_with), KVCache.empty(model.config, 1, 9, jnp.float32))
-    _, cache = model.hidden(jnp.asarray([[3, 1, 4]]), jnp.zeros(1, jnp.int32), cache)
-    return model.hidden(jnp.asarray([[1]]), jnp.asarray([3]), cache)[0]
+    _, cache = hidden_of(*nnx.split(model), jnp.asarray([[3, 1, 4]]), jnp.zeros(1, jnp.int32), cache)
+    return hidden_of(*nnx.split(model), jnp.asarray([[1]]), jnp.asarray([3]), cache)[0]
 
   np.testing.assert_array_equal(hidden(left), hidden(0.0))
 

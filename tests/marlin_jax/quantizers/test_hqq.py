@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,10 @@ import pytest
 
 from marlin_jax import QuantSpec, pack, quant_matmul, quantize_rtn, unpack
 from marlin_jax.quantizers.hqq import quantize_hqq
+
+# Without jit the loops of both are compiled anew at each call.
+hqq = jax.jit(quantize_hqq, static_argnames="spec")
+rtn_plain = jax.jit(functools.partial(quantize_rtn, search=False), static_argnames="spec")
 
 
 def far_off(w, tensor):
@@ -19,7 +25,7 @@ def far_off(w, tensor):
 def test_zero_points_lower_the_norm_of_the_errors(rng, bits, group_size):
   w = jnp.asarray(rng.normal(size=(256, 64)), jnp.float32)
   spec = QuantSpec(bits=bits, group_size=group_size, symmetric=False)
-  tensor, plain = quantize_hqq(w, spec), quantize_rtn(w, spec, search=False)
+  tensor, plain = hqq(w, spec), rtn_plain(w, spec)
   np.testing.assert_array_equal(tensor.scales, plain.scales)  # only zero points are chosen
   assert far_off(w, tensor) < 0.999 * far_off(w, plain)
   zeros = np.asarray(tensor.zeros)
@@ -29,12 +35,12 @@ def test_zero_points_lower_the_norm_of_the_errors(rng, bits, group_size):
 def test_heavy_tails_are_where_it_pays(rng):
   w = jnp.asarray(rng.standard_t(3, size=(512, 64)), jnp.float32)
   spec = QuantSpec(symmetric=False)
-  assert far_off(w, quantize_hqq(w, spec)) < 0.97 * far_off(w, quantize_rtn(w, spec, search=False))
+  assert far_off(w, hqq(w, spec)) < 0.97 * far_off(w, rtn_plain(w, spec))
 
 
 def test_it_packs_and_multiplies(rng):
   w = jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16)
-  tensor = jax.jit(quantize_hqq, static_argnames=("spec",))(w, spec=QuantSpec(group_size=32, symmetric=False))
+  tensor = hqq(w, QuantSpec(group_size=32, symmetric=False))
   assert tensor.zeros.dtype == tensor.scales.dtype == jnp.bfloat16
   np.testing.assert_array_equal(unpack(pack(tensor)).codes, tensor.codes)
   x = jnp.asarray(rng.normal(size=(5, 128)), jnp.float32)
