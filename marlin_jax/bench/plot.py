@@ -44,8 +44,11 @@ def speedup_figure(rows: Sequence[Row]) -> Any:
 
   def draw(panel: Any, shape_rows: Sequence[Row]) -> None:
     batches = sorted({int(row["m"]) for row in shape_rows})
-    limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in shape_rows if not _sparse(row)}
-    panel.plot(batches, [limits[m] for m in batches], "--", color="gray", label="limit")
+    for sparse, style, label in ((False, "--", "limit"), (True, ":", "limit, 2:4")):
+      of_kind = [row for row in shape_rows if _sparse(row) == sparse]
+      limits = {int(row["m"]): float(row["bf16_us"]) / float(row["limit_us"]) for row in of_kind}
+      if limits:
+        panel.plot(list(limits), list(limits.values()), style, color="gray", label=label)
     for name, of_name in _by("implementation", shape_rows).items():
       line = [(int(row["m"]), float(row["speedup"])) for row in of_name]
       panel.plot(*zip(*line, strict=True), "o-", markersize=3, label=_NAMES.get(name, f"4 bits, {name}"))
@@ -73,7 +76,7 @@ def roofline_figure(rows: Sequence[Row]) -> Any:
     for name, of_name in _by("implementation", shape_rows).items():
       points = [(p.flops / p.bytes, p.flops / float(row["time_us"]) / 1e6) for row in of_name for p in [_problem(row)]]
       panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=_NAMES.get(name, f"4 bits, {name}"))
-    dense = {int(row["m"]): (_problem(row), float(row["bf16_us"])) for row in shape_rows}
+    dense = {int(row["m"]): (_problem(row), float(row["bf16_us"])) for row in shape_rows if not _sparse(row)}
     points = [(p.flops / (2 * (p.k * p.n + p.m * (p.k + p.n))), p.flops / time / 1e6) for p, time in dense.values()]
     panel.plot(*zip(*points, strict=True), "o-", color="black", markersize=3, label="bfloat16 (XLA)")
     panel.set(xscale="log", yscale="log", xlabel="FLOP a byte")
@@ -132,15 +135,16 @@ def _figure(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row]], None], yla
   shapes: dict[tuple[int, int], list[Row]] = defaultdict(list)
   for row in rows:
     shapes[int(row["k"]), int(row["n"])].append(row)
-  figure, panels = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 2.8), sharey=True, squeeze=False)
+  figure, panels = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 3.1), sharey=True, squeeze=False)
   for panel, ((k, n), shape_rows) in zip(panels[0], shapes.items(), strict=True):
     draw(panel, shape_rows)
     panel.set_title(f"K={k} N={n}")
   panels[0][0].set_ylabel(ylabel)
-  panels[0][0].legend(frameon=False, fontsize=7)
+  handles, labels = panels[0][0].get_legend_handles_labels()
+  figure.legend(handles, labels, frameon=False, fontsize=7, ncols=4, loc="lower center")
   device, date, version = (rows[0][name] for name in ("device", "date", "jax_version"))
   figure.suptitle(f"4-bit matmul, groups of {rows[0]['group_size']}, {device}, JAX {version}, {date}", fontsize=9)
-  figure.tight_layout()
+  figure.tight_layout(rect=(0, 0.12, 1, 1))  # the legend is below
   return figure
 
 
