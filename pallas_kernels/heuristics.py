@@ -78,8 +78,9 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     # Two planes of nibbles or positions, 64 rows' sums and the next tile: more than four warpgroups have registers for.
     decode_ahead=block_k > problem.tile_k * warpgroups_k
     and not (block_m >= 64 and (problem.bits == 8 or problem.sparse24)),
-    # 57.6 against 63.4 us at M=64 of 8192 x 28672. Three warpgroups with sums of 64 rows spill instead, 22.0 against
-    # 17.8 us at 4096 x 12288.
+    # 57.2 against 62.4 us at M=64 of 8192 x 28672 on an H100. Three warpgroups with sums of 64 rows spill, 19.0 against
+    # 17.7 us at 4096 x 12288. With less rows nothing is gained where weights come from memory, and compiling would take
+    # twice as long.
     unroll=block_m >= 64 and not (block_m == 64 and warpgroups_n == 3),
   )
   return dataclasses.replace(config, num_stages=min(num_stages, config.max_stages(problem)))
@@ -168,7 +169,7 @@ def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -
     dict(block_k=b, num_stages=2, decode_ahead=b > problem.tile_k * first.warpgroups_k) for b in (128, 256, 64, 512)
   ]
   where = [dict(scale_weights=not first.scale_weights)] if first.block_m >= 64 else []
-  return [steps, partitions, where]
+  return [steps, partitions, where, [dict(unroll=not first.unroll)]]
 
 
 def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
