@@ -103,8 +103,11 @@ def layers_with(checkpoint: Checkpoint, *leaves: str) -> list[str]:
 
 
 def on_device(tensor: np.ndarray, device) -> jax.Array:
-  """The tensor on `device`: a copy also where that is the host, whose file may change while its arrays may not."""
-  return jax.device_put(tensor, device, may_alias=False)
+  """The tensor on `device`; a copy also where that is the host, for a file may change and a jax.Array may not."""
+  array = jax.device_put(tensor, device)
+  if all(device.platform == "cpu" for device in array.devices()):  # it may be the very memory of `tensor`
+    array = jax.device_put(np.array(tensor), device)
+  return array
 
 
 def read_float(

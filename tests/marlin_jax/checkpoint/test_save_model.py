@@ -19,6 +19,7 @@ from marlin_jax.checkpoint import (
   safetensors_files,
   save_model,
 )
+from marlin_jax.checkpoint.layers import on_device
 from marlin_jax.models import fuse, unfuse
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import unpack
@@ -305,3 +306,14 @@ def test_the_head_is_ignored_by_name(tmp_path):
   assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
   for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
     assert (tmp_path / "out" / file).read_bytes() == (DATA / "llama-bf16" / file).read_bytes()
+
+
+def test_an_array_does_not_change_with_its_file(tmp_path):
+  # On a CPU an array may be the memory that it was made of, if that begins at a multiple of 64: here the file's.
+  path = tmp_path / "tensor"
+  path.write_bytes(b"\1" * 4096)
+  tensor = np.frombuffer(np.memmap(path, np.uint8, "r"), np.int32)
+  array = on_device(tensor, None)
+  with path.open("r+b") as file:
+    file.write(b"\2" * 4096)
+  assert (tensor == 0x02020202).all() and (array == 0x01010101).all()
