@@ -134,8 +134,7 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
 
 
 # implementation -> (problem, multiprocessors) -> config
-HEURISTICS = {"hopper": hopper_config, "triton": triton_config}
-HEURISTICS_24 = {"hopper": hopper_config, "triton24": triton24_config}  # for 2:4 sparse weights
+HEURISTICS = {"hopper": hopper_config, "triton": triton_config, "triton24": triton24_config}
 
 
 def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> list[HopperConfig | TritonConfig]:
@@ -187,12 +186,15 @@ def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
   """Whether the kernel takes `config` for `problem`."""
   group_size, block_k = problem.group_size, config.block_k
   _, n = layout.padded_shape(problem.k, problem.n)
-  if isinstance(config, TritonConfig) and n % config.block_n:
+  if isinstance(config, TritonConfig):
+    if n % config.block_n or (problem.sparse24 and block_k != layout24.K_TILE):
+      return False
+  elif (
+    config.num_stages > config.max_stages(problem)
+    or block_k < problem.tile_k * config.warpgroups_k * (1 + config.decode_ahead)
+    or (config.scale_weights and group_size < min(problem.tile_k, problem.k))
+  ):
     return False
   if group_size == problem.k:
     return True
-  if isinstance(config, HopperConfig) and (
-    config.num_stages > config.max_stages(problem) or (config.scale_weights and group_size < problem.tile_k)
-  ):
-    return False
   return block_k % group_size == 0 or group_size % block_k == 0

@@ -111,8 +111,8 @@ def matmul(
     return reference.matmul_reference(x, qweight, scales, zeros, meta)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
-    heuristics.triton_config(problem, device.num_sms)
-    if interpret and not problem.sparse24
+    heuristics.HEURISTICS[implementation](problem, device.num_sms)
+    if interpret
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
   if implementation == "triton24":

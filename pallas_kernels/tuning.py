@@ -2,8 +2,8 @@
 """From a problem to a config: a row of a table for this device where one fits, heuristics otherwise.
 
 A table is a JSON file that `marlin-jax tune` writes: `{"device": ..., "jax_version": ..., "rows": [...]}`. A row holds
-the problem (`implementation`, `m`, `k`, `n`, `group_size`, `bits`, `zeros`, `dtype`), the `config` that was fastest for
-it and `time_us`, for information. `m` is an upper bound: the row is for every batch size of its bucket.
+the problem (`implementation`, `m`, `k`, `n`, `group_size`, `bits`, `zeros`, `sparse24`, `dtype`), the `config` that was
+fastest for it and `time_us`, for information. `m` is an upper bound: the row is for every batch size of its bucket.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_matmul import TritonConfig
 
 Config = HopperConfig | TritonConfig
-CONFIGS: dict[str, type[Config]] = {"hopper": HopperConfig, "triton": TritonConfig}
+CONFIGS: dict[str, type[Config]] = {"hopper": HopperConfig, "triton": TritonConfig, "triton24": TritonConfig}
 ENVIRONMENT = "MARLIN_JAX_TUNED"
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -40,6 +40,7 @@ class TunedRow:
   group_size: int
   bits: int
   zeros: bool
+  sparse24: bool
   dtype: str
   config: Config
   time_us: float
@@ -62,7 +63,7 @@ class TunedRow:
     return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.name in _KEY)
 
 
-_KEY = ("implementation", "m", "k", "n", "group_size", "bits", "zeros", "dtype")
+_KEY = ("implementation", "m", "k", "n", "group_size", "bits", "zeros", "sparse24", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class TunedTable:
   def find(self, implementation: str, problem: MatmulProblem) -> TunedRow | None:
     """The row of exactly this problem's sizes and of its batch size's bucket."""
     p = problem
-    return self.by_key.get((implementation, m_bucket(p.m), p.k, p.n, p.group_size, p.bits, p.zeros, p.dtype.name))
+    key = (implementation, m_bucket(p.m), p.k, p.n, p.group_size, p.bits, p.zeros, p.sparse24, p.dtype.name)
+    return self.by_key.get(key)
 
 
 def m_bucket(m: int) -> int:
@@ -99,8 +101,6 @@ def config_for(
 ) -> Config:
   """The config of `implementation` for `problem`: the user's table, then the shipped one, then heuristics.
 
-  For 2:4 sparse weights there are no tables.
-
   Args:
     implementation: "hopper", "triton" or "triton24".
     tuned: a table of the user's; None takes the one that the environment variable MARLIN_JAX_TUNED names, if it does.
@@ -108,8 +108,6 @@ def config_for(
   Raises:
     ValueError: a table does not parse, or the user's is for another kind of device.
   """
-  if problem.sparse24:
-    return heuristics.HEURISTICS_24[implementation](problem, device.num_sms)
   user = tuned or os.environ.get(ENVIRONMENT)
   tables = []
   if user:

@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
   tune.add_argument("--group-size", type=group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
   tune.add_argument("--bits", type=int, choices=(4, 8), default=4)
   tune.add_argument("--zeros", action="store_true", help="weights with zero points")
+  tune.add_argument("--sparse24", action="store_true", help="2:4 sparse weights")
   tune.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
   tune.add_argument("--implementations", choices=tuple(CONFIGS), nargs="+", default=tuple(CONFIGS))
   tune.add_argument("--candidates", type=int, metavar="COUNT", help="at most, for a problem (default: all)")
@@ -116,6 +117,7 @@ def _tune(arguments: argparse.Namespace) -> None:
       dtype=jnp.dtype(arguments.dtype),
       bits=arguments.bits,
       zeros=arguments.zeros,
+      sparse24=arguments.sparse24,
     )
     for k, n in _shapes(arguments)
     for m in arguments.batches

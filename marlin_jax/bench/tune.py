@@ -32,9 +32,14 @@ from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_devic
 from pallas_kernels.heuristics import candidates
 from pallas_kernels.hopper_matmul import matmul_hopper
 from pallas_kernels.triton_matmul import matmul_triton
+from pallas_kernels.triton_matmul24 import matmul_triton24
 from pallas_kernels.tuning import CONFIGS, Config, TunedRow, TunedTable, load_table, m_bucket, write_table
 
-_KERNELS = {"hopper": matmul_hopper, "triton": matmul_triton}
+_KERNELS = {
+  "hopper": matmul_hopper,
+  "triton": matmul_triton,
+  "triton24": lambda x, qweight, scales, zeros, meta, config: matmul_triton24(x, qweight, meta, scales, config=config),
+}
 _FAR_BEHIND = 1.2  # times the best so far, in a single round: more than rounds differ by
 _PATIENCE = 120.0  # seconds for a candidate to compile or to run; both take a few at most
 _COMPILING = 0.75  # of the time there is; measuring takes the rest
@@ -52,7 +57,8 @@ class Task:
   configs: tuple[Config, ...]
 
   def __str__(self):
-    return f"{self.implementation}, K={self.problem.k} N={self.problem.n} M={self.problem.m}"
+    p = self.problem
+    return f"{self.implementation}{', 2:4' if p.sparse24 else ''}, K={p.k} N={p.n} M={p.m}"
 
 
 def tune(
@@ -168,6 +174,7 @@ def row_of(task: Task, config: Config, seconds: float) -> TunedRow:
     group_size=p.group_size,
     bits=p.bits,
     zeros=p.zeros,
+    sparse24=p.sparse24,
     dtype=p.dtype.name,
     config=config,
     time_us=round(seconds * 1e6, 2),
@@ -202,12 +209,12 @@ def measure(
 
 
 def _compile_all(
-  tasks: Sequence[Task], x: Float[Array, "M K"], weight: tuple[Array, ...], stop: float | None, bar: tqdm
+  tasks: Sequence[Task], x: Float[Array, "M K"], weight: tuple[Array | None, ...], stop: float | None, bar: tqdm
 ) -> dict[tuple[Task, Config], Kernel]:
   """The candidates that compile, the first of every task first; those not begun at `stop` are left out."""
   ranks = range(max(len(task.configs) for task in tasks))
   order = [(task, task.configs[rank]) for rank in ranks for task in tasks if rank < len(task.configs)]
-  arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in weight]
+  arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weight)
 
   def compile_one(task: Task, config: Config) -> Kernel | None:
     if stop is not None and time.monotonic() > stop and config != task.configs[0]:

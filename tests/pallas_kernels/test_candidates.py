@@ -15,11 +15,15 @@ from pallas_kernels.triton_matmul import matmul_triton
 BF16 = jnp.dtype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("implementation", HEURISTICS)
+@pytest.mark.parametrize(
+  "implementation, sparse24", [*((name, name == "triton24") for name in HEURISTICS), ("hopper", True)]
+)
 @pytest.mark.parametrize("m", [1, 16, 64, 128, 256])
-def test_candidates_are_different_and_the_heuristic_is_first(implementation, m):
+def test_candidates_are_different_and_the_heuristic_is_first(implementation, sparse24, m):
   for (k, n), group_size in itertools.product(((8192, 28672), (4096, 4096), (14336, 4096), (576, 192)), (32, 64, None)):
-    problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size or k, dtype=BF16)
+    if group_size == 32 and implementation == "hopper" and sparse24:
+      continue  # it does not take them
+    problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size or k, dtype=BF16, sparse24=sparse24)
     configs = candidates(implementation, problem, 132)
     assert configs[0] == HEURISTICS[implementation](problem, 132)
     assert 1 < len(configs) == len(set(configs)) <= 100
@@ -28,8 +32,10 @@ def test_candidates_are_different_and_the_heuristic_is_first(implementation, m):
       if implementation == "hopper":
         assert config.num_stages <= config.max_stages(problem)
         assert group_size != 32 or not config.scale_weights
+        assert config.block_k >= problem.tile_k * config.warpgroups_k * (1 + config.decode_ahead)
       else:
         assert layout.padded_shape(k, n)[1] % config.block_n == 0
+        assert not sparse24 or config.block_k == 128
 
 
 def test_what_differs_in_one_respect_comes_before_what_differs_in_two():

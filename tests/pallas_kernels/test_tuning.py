@@ -30,6 +30,7 @@ ROW = tuning.TunedRow(
   group_size=128,
   bits=4,
   zeros=False,
+  sparse24=False,
   dtype="bfloat16",
   config=TRITON,
   time_us=7.5,
@@ -78,7 +79,10 @@ def test_a_table_is_read_as_it_was_written(write):
     (dict(config=dataclasses.asdict(TRITON) | {"block_n": 96}), r"row 0: block_n=96 must be one of"),
     (dict(config=dataclasses.asdict(TRITON) | {"split_k": True}), r"row 0, config: split_k=True must be of type int"),
     (dict(config=[]), r"row 0: config=\[\] must be of type dict"),
-    (dict(implementation="cublas"), r"row 0: implementation='cublas' must be one of \('hopper', 'triton'\)"),
+    (
+      dict(implementation="cublas"),
+      r"row 0: implementation='cublas' must be one of \('hopper', 'triton', 'triton24'\)",
+    ),
     (dict(implementation="hopper"), r"row 0, config: there is no field 'block_n'"),
     (dict(m="16"), r"row 0: m='16' must be of type int"),
     (dict(m=24), r"row 0: m=24 must be 1, 8 or a larger power of two"),
@@ -139,6 +143,7 @@ def test_batch_sizes_share_a_bucket(m, bucket):
     dict(dtype=jnp.dtype(jnp.float16)),
     dict(bits=8),
     dict(zeros=True),
+    dict(sparse24=True),
   ],
 )
 def test_a_row_is_for_exactly_its_problem(shipped, write, change):
@@ -183,6 +188,16 @@ def shapes_of(row: tuning.TunedRow) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct((row.m, row.k), row.dtype), qweight, scales, *([scales] if row.zeros else [])]
 
 
+def test_sparse_weights_have_rows_of_their_own(shipped, write):
+  config = dataclasses.replace(HOPPER, block_k=256)
+  sparse = dataclasses.replace(ROW, implementation="hopper", sparse24=True, config=config)
+  path = write(ROW, dataclasses.replace(ROW, implementation="hopper", config=HOPPER), sparse)
+  assert tuning.config_for("hopper", PROBLEM, H200, tuned=path) == HOPPER
+  problem = dataclasses.replace(PROBLEM, sparse24=True)
+  assert tuning.config_for("hopper", problem, H200, tuned=path) == config
+  assert tuning.config_for("triton24", problem, H200, tuned=path) == heuristics.triton24_config(problem, 132)
+
+
 def test_matmul_takes_the_config_of_the_table(shipped, write, lower_for_h200):
   text = lower_for_h200(functools.partial(matmul, implementation="triton", tuned=write(ROW)), *shapes_of(ROW))
   assert "num_stages = 2 : i32, num_warps = 8 : i32" in text and "tensor<3x16x384xf32>" in text
@@ -195,7 +210,7 @@ def test_every_shipped_table_parses_and_its_rows_are_found():
     table = tuning.load_table(path)
     device = Device(platform="cuda", kind=table.device, num_sms=132)
     for row in table.rows:
-      sizes = {name: getattr(row, name) for name in ("m", "n", "k", "group_size", "bits", "zeros")}
+      sizes = {name: getattr(row, name) for name in ("m", "n", "k", "group_size", "bits", "zeros", "sparse24")}
       problem = MatmulProblem(**sizes, dtype=jnp.dtype(row.dtype))
       assert tuning.config_for(row.implementation, problem, device) == row.config
 

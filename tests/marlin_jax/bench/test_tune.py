@@ -2,6 +2,7 @@
 """The loop of `marlin-jax tune`, on a CPU with a timer that follows a script."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +35,18 @@ def kernels(monkeypatch):
   """Stand-ins on the CPU: config -> what the kernel does to the right result, which is nothing unless a test says."""
   changes = {}
 
-  def kernel(x, qweight, scales, *, config):
-    return changes.get(config, lambda y: y)(matmul_reference(x, qweight, scales))
+  def kernel(x, *weight, config):
+    return changes.get(config, lambda y: y)(matmul_reference(x, *weight))
 
-  monkeypatch.setattr(tune, "_KERNELS", {"triton": kernel, "hopper": kernel})
+  monkeypatch.setattr(tune, "_KERNELS", {"triton": kernel, "hopper": kernel, "triton24": kernel})
   monkeypatch.setattr(tune, "current_device", lambda: H200)
   monkeypatch.setattr(tune, "candidates", lambda name, problem, num_sms: CONFIGS)
   monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 2)
   return changes
 
 
-def run(tmp_path, timer, problems=(PROBLEM,), **how):
-  return tune.tune(problems, tmp_path / "table.json", implementations=["triton"], timer=timer, **how)
+def run(tmp_path, timer, problems=(PROBLEM,), implementations=("triton",), **how):
+  return tune.tune(problems, tmp_path / "table.json", implementations=implementations, timer=timer, **how)
 
 
 def test_the_fastest_is_kept_and_one_far_behind_is_dropped_early(kernels, tmp_path, capsys):
@@ -111,6 +112,22 @@ def test_rows_for_other_problems_stay_and_the_same_are_replaced(kernels, tmp_pat
   tuning.load_table.cache_clear()
   second = run(tmp_path, Script(*[3e-6] * 10), [other])
   assert [(row.m, row.time_us) for row in second.rows] == [(16, 9.0), (1, 3.0)]
+
+
+def test_sparse_weights_are_tuned_for_the_kernels_that_take_them(kernels, tmp_path, capsys):
+  sparse = dataclasses.replace(PROBLEM, sparse24=True)
+  table = run(tmp_path, Script(*[9e-6] * 20), [PROBLEM, sparse], ["triton", "triton24"])
+  assert [(row.implementation, row.sparse24) for row in table.rows] == [("triton", False), ("triton24", True)]
+  assert "triton24, 2:4, K=256 N=128 M=16: 9.00 us" in capsys.readouterr().err
+  assert tuning.load_table(tmp_path / "table.json") == table
+
+
+def test_the_kernel_of_sparse_weights_takes_what_is_tuned_on(lower_for_h200):
+  problem = dataclasses.replace(PROBLEM, sparse24=True)
+  (config, *_) = heuristics.candidates("triton24", problem, 132)
+  kernel = functools.partial(tune._KERNELS["triton24"], config=config)
+  text = lower_for_h200(kernel, operands.random_x(problem), *operands.random_weights(problem)[0])
+  assert "w4a16_sparse24_triton" in text
 
 
 def test_a_table_of_another_device_is_not_added_to(kernels, tmp_path):
