@@ -122,7 +122,8 @@ def test_sparse_weights_are_tuned_for_the_kernels_that_take_them(kernels, tmp_pa
   assert tuning.load_table(tmp_path / "table.json") == table
 
 
-def test_the_kernel_of_sparse_weights_takes_what_is_tuned_on(lower_for_h200):
+def test_the_kernel_of_sparse_weights_takes_what_is_tuned_on(lower_for_h200, monkeypatch):
+  monkeypatch.setattr(operands, "copies_for_cold_l2", lambda nbytes: 1)
   problem = dataclasses.replace(PROBLEM, sparse24=True)
   (config, *_) = heuristics.candidates("triton24", problem, 132)
   kernel = functools.partial(tune._KERNELS["triton24"], config=config)
