@@ -31,22 +31,26 @@ IMPLEMENTATIONS = {
 INTERPRETED = Device(platform="cuda", kind="interpreter", num_sms=4)
 
 
-def choose_implementation(problem: MatmulProblem, device: Device | None = None) -> str:
+def choose_implementation(
+  problem: MatmulProblem, device: Device | None = None, *, tuned: str | Path | None = None
+) -> str:
   """Name of the implementation that `matmul` takes for `problem` on `device` (default: the current one).
 
   Without a GPU that is the reference. On one it is a kernel; the reference, slower than a bfloat16 product, must be
-  asked for by name there.
+  asked for by name there. Of several kernels it is the one that a tuned table found faster, or else the first.
 
   Raises:
     NotImplementedError: no kernel covers the problem on this GPU; every kernel's reason is listed.
+    ValueError: a tuned table is not what it must be.
   """
   device = device or current_device()
   if device.platform != "cuda":
     return "reference"
   reasons = {name: reason(problem, device) for name, reason in IMPLEMENTATIONS.items() if name != "reference"}
-  for name, reason in reasons.items():
-    if reason is None:
-      return name
+  able = [name for name, reason in reasons.items() if reason is None]
+  if able:
+    measured = tuning.fastest(problem, device, able, tuned=tuned) if len(able) > 1 else None
+    return measured or able[0]
   refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
   raise NotImplementedError(f"no kernel covers {problem} ({refusals}); implementation='reference' covers everything")
 
@@ -75,7 +79,7 @@ def matmul(
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
-    tuned: a table of configs by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
+    tuned: a table by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
       environment variable MARLIN_JAX_TUNED names, if it does. Read when a program is traced.
 
   Returns:
@@ -100,7 +104,7 @@ def matmul(
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
   if implementation is None:
-    implementation = choose_implementation(problem, device)
+    implementation = choose_implementation(problem, device, tuned=tuned)
   elif implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=} must be one of {tuple(IMPLEMENTATIONS)} or None")
   elif reason := IMPLEMENTATIONS[implementation](problem, device):

@@ -3,7 +3,8 @@
 
 A table is a JSON file that `marlin-jax tune` writes: `{"device": ..., "jax_version": ..., "rows": [...]}`. A row holds
 the problem (`implementation`, `m`, `k`, `n`, `group_size`, `bits`, `zeros`, `sparse24`, `dtype`), the `config` that was
-fastest for it and `time_us`, for information. `m` is an upper bound: the row is for every batch size of its bucket.
+fastest for it, and `time_us`, by which implementations are told apart. `m` is an upper bound: the row is for every batch
+size of its bucket.
 """
 
 import dataclasses
@@ -108,6 +109,30 @@ def config_for(
   Raises:
     ValueError: a table does not parse, or the user's is for another kind of device.
   """
+  tables = _tables(device, tuned)
+  if not tables:
+    _say_untuned(device.kind)
+  rows = (table.find(implementation, problem) for table in tables)
+  row = next((row for row in rows if row is not None), None)
+  return heuristics.HEURISTICS[implementation](problem, device.num_sms) if row is None else row.config
+
+
+def fastest(
+  problem: MatmulProblem, device: Device, implementations: list[str], *, tuned: str | Path | None = None
+) -> str | None:
+  """The implementation that took the least time for `problem`, in the first table that has rows of all of them.
+
+  None if there is no such table. Arguments and errors are those of `config_for`.
+  """
+  for table in _tables(device, tuned):
+    rows = [table.find(name, problem) for name in implementations]
+    if None not in rows:
+      return min(rows, key=lambda row: row.time_us).implementation
+  return None
+
+
+def _tables(device: Device, tuned: str | Path | None) -> list[TunedTable]:
+  """The user's table and the shipped one, those that there are."""
   user = tuned or os.environ.get(ENVIRONMENT)
   tables = []
   if user:
@@ -117,11 +142,7 @@ def config_for(
   shipped = SHIPPED / f"{device.kind.lower().replace(' ', '_')}.json"
   if shipped.exists():
     tables.append(load_table(shipped))
-  if not tables:
-    _say_untuned(device.kind)
-  rows = (table.find(implementation, problem) for table in tables)
-  row = next((row for row in rows if row is not None), None)
-  return heuristics.HEURISTICS[implementation](problem, device.num_sms) if row is None else row.config
+  return tables
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import MatmulProblem, heuristics, layout, matmul, tuning
+from pallas_kernels import MatmulProblem, choose_implementation, heuristics, layout, matmul, tuning
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.hopper_matmul import matmul_hopper
@@ -165,6 +165,19 @@ def test_the_users_table_goes_before_the_shipped_one(shipped, write, monkeypatch
   assert config(tuned=write(rows[0], name="argument.json")) == in_order[0]
   # What the user's table does not hold, the shipped one does.
   assert config(tuned=write(dataclasses.replace(ROW, m=1), name="other.json")) == in_order[2]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="there is one kernel")
+def test_of_two_kernels_the_table_says_which_is_faster(shipped, write):
+  fast, slow = (dataclasses.replace(ROW, implementation="hopper", config=HOPPER, time_us=time) for time in (7.0, 8.0))
+  choose = functools.partial(choose_implementation, PROBLEM, H200)
+  assert choose() == choose(tuned=write(ROW)) == "hopper"  # one row alone says nothing
+  assert choose(tuned=write(ROW, fast, name="fast.json")) == "hopper"
+  assert choose(tuned=write(ROW, slow, name="slow.json")) == "triton"
+  other = dataclasses.replace(PROBLEM, m=17)
+  assert choose_implementation(other, H200, tuned=write(ROW, slow, name="slow.json")) == "hopper"
+  with pytest.raises(ValueError, match="is a table for 'NVIDIA L4'"):
+    choose(tuned=write(ROW, device="NVIDIA L4", name="other.json"))
 
 
 def test_a_table_for_another_device_is_refused(shipped, write):
