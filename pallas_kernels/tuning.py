@@ -3,8 +3,8 @@
 
 A table is a JSON file that `marlin-jax tune` writes: `{"device": ..., "jax_version": ..., "rows": [...]}`. A row holds
 the problem (`implementation`, `m`, `k`, `n`, `group_size`, `bits`, `zeros`, `sparse24`, `dtype`), the `config` that was
-fastest for it, and `time_us`, by which implementations are told apart. `m` is an upper bound: the row is for every batch
-size of its bucket.
+fastest for it, and `time_us`, by which implementations are told apart. `m` is an upper bound: the row is for every
+batch size of its bucket.
 """
 
 import dataclasses
