@@ -2,9 +2,7 @@
 """What all tests share: the GPU marker, and an H200 to lower for where there is none."""
 
 import contextlib
-import gc
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -22,18 +20,6 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if "gpu" in item.keywords:
       item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def room_for_programs():
-  """Programs are forgotten before there are too many: each compiled for a CPU takes several mappings of memory, Linux
-  gives a process 65530, and the program for which none is left ends the process with a segmentation fault.
-  """
-  yield
-  mappings = pathlib.Path("/proc/self/maps")
-  if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
-    jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture

@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the Triton-lowered kernels share."""
+"""What the tests of kernels share."""
 
+import gc
+import pathlib
+
+import jax
 import jax._src.pallas.triton.lowering as triton_lowering  # private: the only way to see a kernel's own IR
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+  """Programs are forgotten before there are too many: each compiled for a CPU takes several mappings of memory, Linux
+  gives a process 65530, and the program for which none is left ends the process with a segmentation fault.
+
+  Only here, where the other tests of a single process are done: a server that is tested counts what it compiles. Of two
+  workers neither comes as far.
+  """
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > 45_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
