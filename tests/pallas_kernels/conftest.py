@@ -14,8 +14,7 @@ def room_for_programs():
   """Programs are forgotten before there are too many: each compiled for a CPU takes several mappings of memory, Linux
   gives a process 65530, and the program for which none is left ends the process with a segmentation fault.
 
-  Only here, where the other tests of a single process are done: a server that is tested counts what it compiles. Of two
-  workers neither comes as far.
+  Only here, where most other tests are done: a server that is tested counts what it compiles.
   """
   mappings = pathlib.Path("/proc/self/maps")
   if mappings.exists() and mappings.read_bytes().count(b"\n") > 45_000:
