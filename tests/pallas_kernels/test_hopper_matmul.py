@@ -31,9 +31,11 @@ VARIANTS = [
   dict(warpgroups_n=2, warpgroups_k=2, block_k=256),
   dict(warpgroups_n=1, warpgroups_k=4, split_k=2, decode_ahead=False, block_k=256),
   dict(scale_weights=True),
-  dict(block_m=128, scale_weights=True, block_k=64, decode_ahead=False),
+  dict(unroll=True, num_stages=3),
+  dict(unroll=True, split_k=2),
+  dict(block_m=128, scale_weights=True, block_k=64, decode_ahead=False, unroll=True),
   dict(block_m=128, scale_weights=True, block_k=256, decode_ahead=False, warpgroups_n=1, warpgroups_k=4, num_stages=3),
-  dict(block_m=128, scale_weights=True, warpgroups_n=1, warpgroups_k=2, split_k=2, decode_ahead=False),
+  dict(block_m=128, scale_weights=True, warpgroups_n=1, warpgroups_k=2, split_k=2, decode_ahead=False, unroll=True),
 ]
 SUM_ZEROS = dataclasses.replace(CONFIG, block_k=256, sum_zeros=True)
 
