@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matmul of a layer: leading batch dimensions and bias around the kernel's two-dimensional product."""
+"""The matmul of a layer: leading batch dimensions around the kernel's two-dimensional product."""
 
 import math
 
@@ -17,14 +17,14 @@ def quant_matmul(
   *,
   implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
-  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n], the sum in float32, everything else in x's dtype.
+  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n], summed in float32 and rounded once, to x's dtype.
 
   For inference: there is no gradient rule, differentiating it raises.
 
   Args:
     x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
     w: the packed weight, dense or 2:4 sparse. With a permutation, x is gathered before the product.
-    bias: added after the product is rounded to x's dtype, as Flax's dense layers do.
+    bias: any float dtype.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
   Raises:
@@ -36,6 +36,6 @@ def quant_matmul(
   *batch, k = x.shape
   if w.permutation is not None:
     x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
-  y = matmul(x.reshape(math.prod(batch), k), w.qweight, w.scales, w.zeros, w.meta, implementation=implementation)
-  y = y.reshape(*batch, w.shape[1])
-  return y if bias is None else y + bias.astype(y.dtype)
+  x = x.reshape(math.prod(batch), k)
+  y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, implementation=implementation)
+  return y.reshape(*batch, w.shape[1])

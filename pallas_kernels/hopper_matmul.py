@@ -39,8 +39,8 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   return None
 
 
-def _kernel(*refs, config, problem, k_tiles):
-  """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]).
+def _kernel(*refs, config, problem, biased, k_tiles):
+  """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]) + bias[n].
 
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
 
@@ -59,6 +59,7 @@ def _kernel(*refs, config, problem, k_tiles):
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
   x_gmem, w_gmem, s_gmem, *others, y_gmem, ring, full, empty, ready, done, consumed, sums_smem, summed = refs
+  bias_gmem = others.pop() if biased else None
   z_gmem, meta_gmem = ([], others) if problem.sparse24 else (others, [])
   (x_smem, w_smem, s_smem, z_smem, meta_smem), y_smem = ring
   c, tile_k = config, problem.tile_k
@@ -119,6 +120,8 @@ def _kernel(*refs, config, problem, k_tiles):
     plgpu.set_max_registers(c.compute_registers, action="increase")
     column_tile, part = (wg, 0) if c.warpgroups_k == 1 else (lax.div(wg, c.warpgroups_k), lax.rem(wg, c.warpgroups_k))
     first_tile = part * tiles_each  # of those of a stage, this warpgroup's
+    first_column = nb * c.block_n + column_tile * layout.TILE
+    share = sk * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
 
     def fragment(stage, tile):
       """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
@@ -136,22 +139,40 @@ def _kernel(*refs, config, problem, k_tiles):
         zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
         w = decode_tile(planes, dtype, zero=zero)
         if problem.zeros and not c.sum_zeros:
-          w -= of_group(z_smem, stage, tile * tile_k, w.shape)
-        return w * of_group(s_smem, stage, tile * tile_k, w.shape).astype(dtype) if c.scale_weights else w
+          w -= columns(of_group(z_smem, stage, tile * tile_k), w.shape)
+        return w * columns(of_group(s_smem, stage, tile * tile_k), w.shape).astype(dtype) if c.scale_weights else w
 
     def index(k, length):
       """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
       k += first_tile * tile_k
       return k // length if c.warpgroups_k == 1 else lax.div(k, length)
 
-    def of_group(ref, stage, k, shape):
-      """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
-      values = plgpu.load(
+    def of_group(ref, stage, k):
+      """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
+      return plgpu.load(
         ref.at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
+
+    def columns(values, shape):
+      """One value a column, over all of `shape`."""
       return lax.broadcast_in_dim(values, shape, [0])
+
+    def beginning():
+      """The sums to begin with: 0, and in the first share the bias."""
+      shape = (layout.TILE, c.block_m)
+      if not biased:
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+      def load():
+        values = bias_gmem.at[pl.ds(first_column, layout.TILE)]
+        return plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+
+      def no():
+        return plgpu.layout_cast(jnp.zeros(layout.TILE, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+      return columns(lax.cond(share == 0, load, no) if c.reduces else load(), shape)
 
     def multiply(stage, acc, w, following):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
@@ -172,7 +193,11 @@ def _kernel(*refs, config, problem, k_tiles):
           w = decode_next()
         end = (tile + 1) * tile_k
         group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
-        if c.sum_zeros and group_ends:  # before the wait for wgmma, which hides it
+        # What sums are scaled with is loaded before the wait for wgmma, which hides it.
+        if group_ends and not c.scale_weights:
+          of_halves = [of_group(s_smem, stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
+        if c.sum_zeros and group_ends:
+          zeros = of_group(z_smem, stage, tile * tile_k)
           if not summed_waited:
             plgpu.barrier_wait(summed.at[stage])
             summed_waited = True
@@ -187,11 +212,11 @@ def _kernel(*refs, config, problem, k_tiles):
         if c.scale_weights:
           acc = partial = done_tiles[0]
         elif group_ends:
-          for half, sums in enumerate(done_tiles):
+          for sums, scales in zip(done_tiles, of_halves, strict=True):
             if c.sum_zeros:
-              zeros = of_group(z_smem, stage, tile * tile_k, sums.shape).astype(jnp.float32) + RAISED[dtype]
-              sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * zeros
-            acc += sums * of_group(s_smem, stage, tile * tile_k + tile_k // 2 * half, sums.shape).astype(jnp.float32)
+              raised = columns(zeros.astype(jnp.float32) + RAISED[dtype], sums.shape)
+              sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * raised
+            acc += sums * columns(scales.astype(jnp.float32), sums.shape)
           partial = None
         else:
           partial = done_tiles[0]
@@ -217,9 +242,9 @@ def _kernel(*refs, config, problem, k_tiles):
         carry = step(i * stages + stage, carry, stage)
       return carry
 
+    begin = beginning()
     plgpu.barrier_wait(full.at[0])
-    zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    carry, turns = (zero, fragment(0, 0)), 0
+    carry, turns = (begin, fragment(0, 0)), 0
     if c.unroll:
       turns = lax.div(steps, stages)
       carry = lax.fori_loop(0, turns, turn, carry)
@@ -237,9 +262,9 @@ def _kernel(*refs, config, problem, k_tiles):
         y_smem,
         y_gmem,
         slot=column_tile * c.warpgroups_k,
-        share=sk * c.warpgroups_k + part,
+        share=share,
         first_row=mb * c.block_m,
-        first_column=nb * c.block_n + column_tile * layout.TILE,
+        first_column=first_column,
         slots=c.warpgroups_k,
         programs=c.split_k,
       )
@@ -257,12 +282,13 @@ def matmul_hopper(
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
   meta: Int16[Array, "N_tiles K_tiles 32 16"] | None = None,
+  bias: Float[Array, " N"] | None = None,
   *,
   config: HopperConfig,
 ) -> Float[Array, "M N"]:
-  """y = x @ (scales * (codes - zeros)), dequantized in registers, accumulated in float32; the same bits at every call.
+  """y = x @ (scales * (codes - zeros)) + bias, dequantized in registers, summed in float32.
 
-  2:4 sparse weights go to sparse tensor cores: x is not multiplied where a weight is pruned, not even if it is Inf.
+  The same bits at every call. 2:4 sparse weights go to sparse tensor cores: x is not multiplied where a weight is pruned, not even if it is Inf.
 
   Args:
     x: bfloat16 or float16; M at least 1.
@@ -270,6 +296,7 @@ def matmul_hopper(
     scales: G = K / group_size rows, G = 1 for one group per column.
     zeros: zero points, like scales, rounded to x's dtype; None is the middle code.
     meta: positions of kept codes (layout24.py); None of a dense weight.
+    bias: added in float32, before rounding.
     config: block sizes; see HopperConfig.
 
   Raises:
@@ -305,6 +332,9 @@ def matmul_hopper(
     others.append(_pad(zeros.astype(x.dtype), 1, 8))
   if problem.sparse24:
     others.append(meta.reshape(n_tiles, k_tiles, 4, 128))
+  arrivals = 2 + len(others)  # copies of a stage
+  if bias is not None:
+    others.append(_pad(bias[None], 1, c.block_n)[0])
   SMEM, stages = plgpu.SMEM, c.num_stages
   y_dtype = jnp.dtype(jnp.float32) if c.reduces else x.dtype
   barrier = plgpu.Barrier
@@ -319,11 +349,11 @@ def matmul_hopper(
   ]
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
   y = plgpu.kernel(
-    functools.partial(_kernel, config=c, problem=problem, k_tiles=k_tiles),
+    functools.partial(_kernel, config=c, problem=problem, biased=bias is not None, k_tiles=k_tiles),
     out_type=jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype),
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
-      plgpu.Barrier(num_arrivals=2 + len(others), num_barriers=stages),
+      plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),

@@ -23,6 +23,11 @@ from pallas_kernels.hopper_fragments import asm, asm_void
 PITCH = {2: layout.TILE + 8, 4: layout.TILE + 4}
 _ROWS_A_PASS = 16  # 128 threads, 8 columns each
 
+# Of shared memory alone (PTX ISA 8.6). `fence.acq_rel.cluster` orders device memory as well: MEMBAR.ALL.GPU and an
+# invalidated L1, twice a program.
+_RELEASE = "fence.release.sync_restrict::shared::cta.cluster;"
+_ACQUIRE = "fence.acquire.sync_restrict::shared::cluster.cluster;"
+
 
 def store_partial(acc, y_smem, *, across_programs: bool):
   """y_smem[m, n] = acc[n, m]; once it returns, the warpgroup's sums may be read after a barrier.
@@ -48,7 +53,7 @@ def store_partial(acc, y_smem, *, across_programs: bool):
         m = arith.addi(column, mgpu.c(8 * (i // 2) + e, index))
         memref.store(vector.extract(pair, [], [e]), y_ref, [m, n])
     if across_programs:
-      asm_void("fence.acq_rel.cluster;")
+      asm_void(_RELEASE)
     mgpu.utils.warpgroup_barrier()  # one thread arrives on the barrier for all
 
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
@@ -77,7 +82,7 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     m_end, n_end = ir.MemRefType(y_out.type).shape
     if programs > 1:
-      asm_void("fence.acq_rel.cluster;")
+      asm_void(_ACQUIRE)
     local, column = arith.divui(_thread(), _i32(8)), arith.muli(arith.remui(_thread(), _i32(8)), _i32(8))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
     gmem = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(y_out))

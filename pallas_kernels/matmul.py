@@ -61,12 +61,15 @@ def matmul(
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
   meta: Int16[Array, "_ _ 32 16"] | None = None,
+  bias: Float[Array, " N"] | None = None,
   *,
   implementation: str | None = None,
   interpret: bool = False,
   tuned: str | Path | None = None,
 ) -> Float[Array, "M N"]:
-  """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]), summed in float32.
+  """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) + bias[n].
+
+  All is summed in float32 and rounded once.
 
   Args:
     x: bfloat16, float16 or (reference only) float32; M may be 0.
@@ -77,6 +80,7 @@ def matmul(
       which is exact for integers, and rounds zeros that are not to it before.
     meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros. Where a weight is
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
+    bias: added to the sums; any float dtype.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
@@ -100,6 +104,8 @@ def matmul(
     raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
   if meta is not None and meta.shape != (shape := layout24.meta_shape(k, n)):
     raise ValueError(f"{meta.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
+  if bias is not None and bias.shape != (n,):
+    raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
   kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
@@ -112,7 +118,7 @@ def matmul(
   if m == 0:
     return jnp.zeros((0, n), x.dtype)
   if implementation == "reference":
-    return reference.matmul_reference(x, qweight, scales, zeros, meta)
+    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.HEURISTICS[implementation](problem, device.num_sms)
@@ -120,7 +126,7 @@ def matmul(
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
   if implementation == "triton24":
-    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, config=config, interpret=interpret)
+    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, config=config)
-  return triton_matmul.matmul_triton(x, qweight, scales, zeros, config=config, interpret=interpret)
+    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, config=config)
+  return triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)

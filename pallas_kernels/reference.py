@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of the product in plain jnp: the oracle of every kernel test, and the path where no GPU is.
 
-    y[m, n] = sum_k x[m, k] * scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n])
+    y[m, n] = sum_k x[m, k] * scales[k // group_size, n] * (codes[k, n] - zeros[k // group_size, n]) + bias[n]
 
 Without zeros every zero point is the middle code, 2^(bits - 1). Weight and sum are float32, rounded once, to x's dtype.
 A 2:4 sparse weight is the dense one with the codes of zero that were not stored.
@@ -40,9 +40,11 @@ def matmul_reference(
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
   meta: Int16[Array, "_ _ 32 16"] | None = None,
+  bias: Float[Array, " N"] | None = None,
 ) -> Float[Array, "M N"]:
-  """y = x @ dequantize(unpack(qweight, meta), scales, zeros), accumulated in float32, rounded once to x.dtype."""
+  """y = x @ dequantize(unpack(qweight, meta), scales, zeros) + bias, summed in float32, rounded once to x.dtype."""
   k, n = x.shape[1], scales.shape[1]
   codes = layout.unpack_codes(qweight, k, n) if meta is None else layout24.unpack_codes(qweight, meta, k, n)
   w = dequantize(codes, scales, zeros, bits=qweight.shape[2] // 8)
-  return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+  y = jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
+  return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

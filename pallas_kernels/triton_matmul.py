@@ -93,7 +93,8 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
 
   `sum_product` with dense weights; a step decodes four nibble planes, joined to w [block_n, block_k], in registers.
   """
-  *group_refs, y_ref = refs  # scales, and zeros if there are any
+  *group_refs, y_ref = refs  # scales, zeros and bias, those that there are
+  bias_ref = group_refs.pop() if len(group_refs) > 1 + problem.zeros else None
   c = config
   k_words = layout.TILE_WORDS // layout.TILE  # words of a row of tiles per k
   n_tiles = c.block_n // layout.TILE
@@ -111,11 +112,13 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   def load_weights(i):
     return _dequantize(load_words(i), x_ref.dtype, zero=zero, use_asm=use_asm)
 
-  sum_product(x_ref, group_refs, y_ref, load_weights, problem=problem, config=config)
+  sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, problem=problem, config=config)
 
 
-def sum_product(x_ref, group_refs, y_ref, load_weights, *, problem, config):
+def sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, *, problem, config):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (w[k, n] - z[k // group, n]).
+
+  The first run's sums begin with the bias, where there is one.
 
   One program: block_n columns x block_m rows x one of split_k runs of K. A step:
 
@@ -171,8 +174,12 @@ def sum_product(x_ref, group_refs, y_ref, load_weights, *, problem, config):
     return acc, next_groups
 
   first = sk * steps_each
-  nothing = jnp.zeros((c.block_n, c.block_m), jnp.float32)
-  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (nothing, load_groups(first)))
+  beginning = jnp.zeros((c.block_n, c.block_m), jnp.float32)
+  if bias_ref is not None:
+    fill = None if n_inside is None else 0.0
+    bias = plt.load(bias_ref.at[pl.ds(n0, c.block_n)], mask=n_inside, other=fill).astype(jnp.float32)
+    beginning += jnp.where(sk == 0, bias, 0.0)[:, None]
+  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (beginning, load_groups(first)))
   masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
   mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
   index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
@@ -186,17 +193,21 @@ def matmul_triton(
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
+  bias: Float[Array, " N"] | None = None,
   *,
   config: TritonConfig,
   interpret: bool = False,
 ) -> Float[Array, "M N"]:
-  """y = x @ (scales * (codes - zeros)), dequantized in registers, summed in float32; the same bits at every call.
+  """y = x @ (scales * (codes - zeros)) + bias, dequantized in registers, summed in float32.
+
+  The same bits at every call.
 
   Args:
     x: bfloat16 or float16; M at least 1.
     qweight: packed codes of 4 or 8 bits (layout.py).
     scales: G = K / group_size rows, G = 1 for one group per column.
     zeros: zero points, as scales; None is the middle code. codes - zeros is rounded to x's dtype: exact for integers.
+    bias: added in float32, before rounding.
     config: block sizes; see TritonConfig.
     interpret: run the kernel's body on the CPU, for tests.
 
@@ -210,7 +221,7 @@ def matmul_triton(
   # 4 bits: a stream for each 64 columns; 8 bits: tiles of high and of low nibbles take turns in it.
   words = qweight.reshape(n_tiles, -1) if bits == 4 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
   kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
-  operands = x, words, *((scales,) if zeros is None else (scales, zeros))
+  operands = x, words, *(operand for operand in (scales, zeros, bias) if operand is not None)
   return launch(kernel, operands, problem=problem, config=config, interpret=interpret, name=f"w{bits}a16_triton")
 
 

@@ -77,12 +77,13 @@ def _halves(array):
   return [half.reshape(array.shape[:-1]) for half in jnp.split(array, 2, axis=-1)]
 
 
-def _kernel(x_ref, w_ref, meta_ref, scales_ref, y_ref, *, problem, config, use_asm):
+def _kernel(x_ref, w_ref, meta_ref, scales_ref, *refs, problem, config, use_asm):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
 
   `triton_matmul.sum_product` with 2:4 sparse weights. A step loads a row of tiles, 2 KiB of kept codes and 1 KiB of
   positions for 64 columns x 128 k, and expands them to w [block_n, 128] in registers.
   """
+  bias_ref, y_ref = refs if len(refs) == 2 else (None, *refs)
   n_tiles = config.block_n // layout.TILE
   n_tile0 = pl.program_id(1) * n_tiles
 
@@ -93,7 +94,7 @@ def _kernel(x_ref, w_ref, meta_ref, scales_ref, y_ref, *, problem, config, use_a
     words, meta = load(w_ref, i, layout.TILE_WORDS), load(meta_ref, i, layout24.META_WORDS)
     return _dequantize(words, meta, x_ref.dtype, use_asm=use_asm)
 
-  triton_matmul.sum_product(x_ref, [scales_ref], y_ref, load_weights, problem=problem, config=config)
+  triton_matmul.sum_product(x_ref, [scales_ref], bias_ref, y_ref, load_weights, problem=problem, config=config)
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace and one lowering of the kernel.
@@ -103,16 +104,18 @@ def matmul_triton24(
   qweight: Int16[Array, "N_tiles K_tiles 32 32"],
   meta: Int16[Array, "N_tiles K_tiles 32 16"],
   scales: Float[Array, "G N"],
+  bias: Float[Array, " N"] | None = None,
   *,
   config: TritonConfig,
   interpret: bool = False,
 ) -> Float[Array, "M N"]:
-  """y = x @ (scales * (codes - 8)) with 2:4 sparse codes, summed in float32; the same bits at every call.
+  """y = x @ (scales * (codes - 8)) + bias with 2:4 sparse codes, summed in float32; the same bits at every call.
 
   Args:
     x: bfloat16 or float16; M at least 1.
     qweight, meta: packed codes and positions (layout24.py).
     scales: G = K / group_size rows, G = 1 for one group per column.
+    bias: added in float32, before rounding.
     config: block sizes, block_k=128; see TritonConfig.
     interpret: run the kernel's body on the CPU, for tests.
 
@@ -124,7 +127,7 @@ def matmul_triton24(
     raise ValueError(f"block_k={config.block_k} must be {layout24.K_TILE}, the k of a tile")
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, sparse24=True)
   n_tiles = qweight.shape[0]
-  operands = x, qweight.reshape(n_tiles, -1), meta.reshape(n_tiles, -1), scales
+  operands = x, qweight.reshape(n_tiles, -1), meta.reshape(n_tiles, -1), scales, *(() if bias is None else (bias,))
   kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
   name = "w4a16_sparse24_triton"
   return triton_matmul.launch(kernel, operands, problem=problem, config=config, interpret=interpret, name=name)

@@ -47,11 +47,12 @@ def test_a_sparse_weight_on_a_gpu_takes_its_own_kernel(h200, rng):
   assert f"w4a16_sparse24_{'hopper' if jax.__version_info__ >= (0, 11) else 'triton'}" in text
 
 
-def test_bias_is_added_in_the_dtype_of_x(rng, packed):
+def test_bias_is_added_before_rounding_to_the_dtype_of_x(rng, packed):
   x, bias = jnp.asarray(rng.normal(size=(3, 128)), jnp.bfloat16), jnp.asarray(rng.normal(size=96), jnp.float32)
   y = quant_matmul(x, packed, bias)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(y, quant_matmul(x, packed) + bias.astype(jnp.bfloat16))
+  exact = quant_matmul(x.astype(jnp.float32), packed) + bias
+  np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
 def test_wrong_features_are_named(packed):

@@ -26,7 +26,7 @@ SPARSE = ["reference of 2:4", "interpreted of 2:4", gpu("triton24"), gpu("hopper
 
 
 def runner(name: str):
-  """(x, codes, scales, zeros, bits) -> y by one implementation.
+  """(x, codes, scales, zeros, bits, bias) -> y by one implementation.
 
   `run.name` is its name, `run.prune` makes codes of such as it takes: of half of them zeros for what takes 2:4 sparse
   weights, of all codes themselves for the others.
@@ -39,7 +39,7 @@ def runner(name: str):
   }.get(name.removesuffix(" of 2:4"), dict(implementation=name.removesuffix(" of 2:4")))
   jitted = jax.jit(functools.partial(matmul, **how))
 
-  def run(x, codes, scales, zeros=None, bits=4):
+  def run(x, codes, scales, zeros=None, bits=4, bias=None):
     if name.startswith("hopper"):
       (m, k), (groups, n) = x.shape, scales.shape
       sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
@@ -49,8 +49,8 @@ def runner(name: str):
     if sparse:
       assert not layout24.surplus(codes).any()
       qweight, meta = layout24.pack_codes(codes)
-      return jitted(x, qweight, scales, meta=meta)
-    return jitted(x, layout.pack_codes(codes, bits), scales, zeros)
+      return jitted(x, qweight, scales, meta=meta, bias=bias)
+    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, bias=bias)
 
   run.name = name
   run.prune = problems.prune24 if sparse else lambda codes: codes
@@ -207,6 +207,18 @@ def test_cancelling_sums_are_exact(run, rng, m, dtype):
   codes = run.prune(codes)
   y = run(x, codes, scales)
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("m, n, groups", [(1, 256, 16), (16, 200, 16), (33, 256, 1)])
+def test_bias_is_added_to_the_sums_before_they_are_rounded(run, rng, m, n, groups):
+  x, codes, scales = problems.cancel(rng, m, 2048, n, groups, BF16)
+  codes = run.prune(codes)
+  bias = jnp.asarray(rng.integers(-2048, 2048, n) / 16, jnp.float32)  # 12 bits: every sum in float32 is exact
+  sums = problems.expected(x, codes, scales)
+  once = jnp.asarray(sums + np.asarray(bias, np.float64), jnp.float32).astype(BF16)
+  twice = jnp.asarray(sums, jnp.float32).astype(BF16) + bias.astype(BF16)
+  assert (once != twice).any()
+  np.testing.assert_array_equal(run(x, codes, scales, bias=bias), once)
 
 
 @pytest.mark.parametrize("m", [8, 40])
