@@ -324,6 +324,8 @@ def _moe(hf: Mapping[str, Any], num_layers: int) -> MoEConfig | None:
   num_experts = numbers[0]
   if num_experts != numbers[-1]:
     raise ValueError(f"config: {' and '.join(_NUM_EXPERTS)} are {num_experts!r} and {numbers[-1]!r}, must be the same")
+  if num_experts != 0:
+    _check_positive_int("num_experts", num_experts)
   step = _read(hf, "decoder_sparse_step", _check_positive_int, 1)
   dense = _read(hf, "mlp_only_layers", _check_layers, [])
   layers = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)

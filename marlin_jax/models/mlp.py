@@ -21,7 +21,7 @@ class MLP(nnx.Module):
     self.up_proj = nnx.Linear(config.hidden_size, intermediate_size, **options)
     self.down_proj = nnx.Linear(intermediate_size, config.hidden_size, **options)
 
-  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+  def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
     if hasattr(self, "gate_up_proj"):
       gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
     else:
