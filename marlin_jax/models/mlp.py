@@ -90,6 +90,8 @@ class MoE(nnx.Module):
         # A token that did not choose the expert gets nothing of it, not even a NaN from an overflow.
         return total + jnp.where(weight > 0, weight * mlp(tokens), 0).astype(jnp.float32)
 
+      if len(tokens) == 1:
+        return add_chosen(total), None  # all candidates are chosen, and on a GPU a condition waits for the host
       return jax.lax.cond(is_chosen[expert], add_chosen, lambda total: total, total), None
 
     candidates = jnp.argsort(~is_chosen)[: min(self.moe.num_experts, chosen.size)]
