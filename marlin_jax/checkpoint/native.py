@@ -13,7 +13,8 @@
 
 The layers that have a qweight are the quantized ones; quantization_config says how: {"quant_method": "marlin_jax",
 "format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "sparse24": false, "act_order": false}, and, where
-single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
+single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column. Of experts
+each is a layer of its own, such as model.layers.0.mlp.experts.3.up_proj.
 """
 
 import dataclasses
