@@ -41,9 +41,9 @@ class MoE(nnx.Module):
   no more experts than the tokens can have chosen, the chosen ones first, and skips one that no token chose: of the
   weights only those of chosen experts are read, each copied out of the stack first.
 
-  What the form costs: a chosen expert computes all tokens, also those that did not choose it. As long as reading
-  weights is the limit, as in decoding, that is for nothing; a long prompt pays num_experts / num_experts_per_tok times
-  the arithmetic. Products over the tokens of each expert alone would need a grouped kernel.
+  What the form costs: a chosen expert computes all tokens, also those that did not choose it. That is free as long as
+  launches and reading weights are the limit, as in decoding; a long prompt pays up to num_experts / num_experts_per_tok
+  times the arithmetic. Products over the tokens of each expert alone would need a grouped kernel (docs/architecture.md).
   """
 
   def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -88,7 +88,7 @@ class MoE(nnx.Module):
         mlp = nnx.merge(graphdef, jax.tree.map(lambda array: array[expert], stack))
         weight = weight_of[expert][:, None]
         # A token that did not choose the expert gets nothing of it, not even a NaN from an overflow.
-        return total + jnp.where(weight > 0, weight * mlp(tokens), 0).astype(jnp.float32)
+        return total + jnp.where(weight != 0, weight * mlp(tokens), 0).astype(jnp.float32)
 
       if len(tokens) == 1:
         return add_chosen(total), None  # all candidates are chosen, and on a GPU a condition waits for the host
