@@ -43,7 +43,7 @@ class MoE(nnx.Module):
 
   What the form costs: a chosen expert computes all tokens, also those that did not choose it. That is free as long as
   launches and reading weights are the limit, as in decoding; a long prompt pays up to num_experts / num_experts_per_tok
-  times the arithmetic. Products over the tokens of each expert alone would need a grouped kernel (docs/architecture.md).
+  times the arithmetic. Products over the tokens of each expert alone need a grouped kernel (docs/architecture.md).
   """
 
   def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
