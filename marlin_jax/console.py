@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command line prints about a model: what it is, what multiplies its weights, and text as it comes."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,9 +29,10 @@ def describe_matmuls(model: nnx.Module) -> str:
   layers = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
   if not layers:
     return f"no quantized layers: XLA's own matmul on {device.kind}"
-  chosen = set()
+  chosen, count = set(), 0
   for layer in layers:
     w = layer.packed
+    count += math.prod(w.stack)  # of experts each is one
     k, n = w.shape
     sizes = dict(m=1, n=n, k=k, group_size=w.group_size)
     kind = dict(bits=w.bits, zeros=w.zeros is not None, sparse24=w.meta is not None)
@@ -38,8 +40,8 @@ def describe_matmuls(model: nnx.Module) -> str:
     chosen.add(choose_implementation(problem, device))
   names = ", ".join(sorted(chosen))
   if chosen == {"reference"}:
-    return f"{len(layers)} quantized layers: plain JAX ({names}) on {device.kind}; the kernels need an NVIDIA GPU"
-  return f"{len(layers)} quantized layers: Pallas kernel {names} on {device.kind}"
+    return f"{count} quantized layers: plain JAX ({names}) on {device.kind}; the kernels need an NVIDIA GPU"
+  return f"{count} quantized layers: Pallas kernel {names} on {device.kind}"
 
 
 def describe_checkpoint(path: str | os.PathLike[str]) -> str:
@@ -57,7 +59,8 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> str:
   packed_bytes = sum(sizes[name] for name in packed)
   lines = [
     f"{config.architecture}: {config.num_layers} layers, hidden size {config.hidden_size}, "
-    f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}",
+    f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}"
+    + (f", {config.moe.num_experts_per_tok} of {config.moe.num_experts} experts a token" if config.moe else ""),
     f"{len(sizes)} tensors, {sum(sizes.values()) / 1e6:.1f} MB",
   ]
   if quantized:

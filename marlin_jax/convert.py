@@ -60,10 +60,11 @@ class Report:
     return "\n".join(lines)
 
 
-def keep_head(path: Path, layer: Any) -> bool:
-  """The default predicate: every dense layer but the output head, whose error goes straight into the logits."""
+def keep_head_and_routers(path: Path, layer: Any) -> bool:
+  """The default predicate: every dense layer but the output head, whose error goes straight into the logits, and the
+  routers of experts, which are small and whose error sends a token to another expert."""
   del layer
-  return path[-1] != "lm_head"
+  return path[-1] not in ("lm_head", "router")
 
 
 def convert(
@@ -71,14 +72,15 @@ def convert(
   spec: QuantSpec = QuantSpec(),
   *,
   quantizer: Quantizer = quantize_rtn,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  predicate: Callable[[Path, nnx.Linear], bool] = keep_head_and_routers,
   device=None,
   progress: bool = False,
 ) -> Report:
   """Replaces the `nnx.Linear` layers of `model`, in place, by `QuantLinear` layers with the same output up to rounding.
 
   One layer at a time: a kernel is moved to `device`, quantized, packed, and its float form let go. A model loaded into
-  host memory may so be larger than the accelerator's. A layer that is shared stays shared.
+  host memory may so be larger than the accelerator's. A layer that is shared stays shared, and a stack of layers, which
+  `nnx.vmap` makes and a mixture of experts has, stays a stack.
 
   Args:
     model: any tree of NNX modules, lists and dicts among them.
@@ -135,7 +137,7 @@ def quantize_variables(
   variables: Mapping[str, Any],
   spec: QuantSpec = QuantSpec(),
   *,
-  predicate: Callable[[Path, jax.Array], bool] = keep_head,
+  predicate: Callable[[Path, jax.Array], bool] = keep_head_and_routers,
 ) -> tuple[dict[str, Any], Report]:
   """Linen: the variables of a model whose `nn.Dense` layers have become `QuantDense` layers of the same names.
 

@@ -22,14 +22,17 @@ class QuantParam(nnx.Variable):
 
 
 @partial(jax.jit, static_argnames=("spec", "quantizer"))
-def quantize_and_pack(w: Float[Array, "K N"], spec: QuantSpec, quantizer: Quantizer = quantize_rtn) -> Packed:
+def quantize_and_pack(w: Float[Array, "*stack K N"], spec: QuantSpec, quantizer: Quantizer = quantize_rtn) -> Packed:
   """The packed weight nearest to `w`, with scales of w's dtype: one compiled program a shape.
 
-  2:4 sparse if the spec says so: the two largest of every four are kept, and rounded to nearest.
+  2:4 sparse if the spec says so: the two largest of every four are kept, and rounded to nearest. A `w` with leading
+  axes is a stack of weights, which are quantized one after the other.
 
   Raises:
     NotImplementedError: 2:4 sparsity with another quantizer.
   """
+  if w.ndim > 2:
+    return jax.lax.map(lambda one: quantize_and_pack(one, spec, quantizer), w)
   if spec.sparse24:
     if quantizer is not quantize_rtn:
       raise NotImplementedError(f"sparse24 is not implemented for {quantizer.__name__}, only for quantize_rtn")
@@ -41,7 +44,8 @@ class QuantLinear(nnx.Module):
   """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] with w in 4 or 8 bits.
 
   Constructor words, argument order and initialisation are those of `nnx.Linear`; a fresh layer holds a quantized
-  random kernel. Usually it is made from a trained one, by `from_linear` or `marlin_jax.quantize`.
+  random kernel. Usually it is made from a trained one, by `from_linear` or `marlin_jax.quantize`. Made from a stack of
+  layers, as `nnx.vmap` makes one, it is such a stack too: `nnx.scan` and `nnx.vmap` call it, a layer at a time.
 
   Attributes:
     qweight, meta, scales, zeros, permutation: QuantParam; the fields of a PackedTensor or, with meta, of a

@@ -28,11 +28,13 @@ def quant_matmul(
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
   Raises:
-    ValueError: x's last dimension is not K.
+    ValueError: x's last dimension is not K, or w is a stack of weights.
     NotImplementedError: no kernel covers this on the GPU at hand, or the implementation named does not; it says why.
   """
   if x.shape[-1] != w.k:
     raise ValueError(f"x has {x.shape[-1]} features, the weight has K={w.k}")
+  if w.stack:
+    raise ValueError(f"w is a stack {w.stack} of weights, must be one of them")
   *batch, k = x.shape
   if w.permutation is not None:
     x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")

@@ -2,7 +2,10 @@
 """Codes <-> kernel order: jit-compiled, exact in both directions on any device."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,29 +74,48 @@ def unpack(tensor: Packed) -> QuantizedTensor:
   )
 
 
+def stack(tensors: Sequence[Packed]) -> Packed:
+  """The weights along a new leading axis, as `jax.lax.scan` takes them apart again.
+
+  If only some have zero points or a permutation, the others get those that change nothing.
+
+  Raises:
+    ValueError: there are none, or they differ in shape, bits, groups or in whether they are 2:4 sparse.
+  """
+  _check_alike(tensors, "shape", "bits", "groups", "being 2:4 sparse")
+  if any(tensor.zeros is not None for tensor in tensors):
+    middle = jnp.full_like(tensors[0].scales, layout.zero_code(tensors[0].bits))
+    tensors = [tensor if tensor.zeros is not None else dataclasses.replace(tensor, zeros=middle) for tensor in tensors]
+  if any(tensor.permutation is not None for tensor in tensors):
+    order = jnp.arange(tensors[0].k, dtype=jnp.int32)
+    tensors = [t if t.permutation is not None else dataclasses.replace(t, permutation=order) for t in tensors]
+  return jax.tree.map(lambda *arrays: jnp.stack(arrays), *tensors)
+
+
+def unstack(tensor: Packed) -> list[Packed]:
+  """The inverse of `stack`; a single weight is alone in its list."""
+  if not tensor.stack:
+    return [tensor]
+  return [jax.tree.map(lambda array, i=i: array[i], tensor) for i in range(tensor.stack[0])]
+
+
 def concatenate(tensors: Sequence[Packed]) -> Packed:
   """One weight [K, N1 + N2 + ...] whose columns are those of the tensors, one after the other, exactly.
 
-  Permutations are compared, so they must be concrete.
+  Stacks give the stack of such weights. Permutations are compared, so they must be concrete.
 
   Raises:
     ValueError: there are none, or they differ in k, bits, groups, permutation, in whether they are 2:4 sparse or have
       zero points.
   """
-  if not tensors:
-    raise ValueError("tensors is empty, must hold at least one")
-  first = tensors[0]
-  for name, of in {
-    "k": lambda t: t.k,
-    "bits": lambda t: t.bits,
-    "groups": lambda t: t.scales.shape[0],
-    "being 2:4 sparse": lambda t: isinstance(t, SparsePackedTensor),
-    "having zeros": lambda t: t.zeros is not None,
-  }.items():
-    if len({of(tensor) for tensor in tensors}) > 1:
-      raise ValueError(f"{name} must be the same in all tensors, not {[of(tensor) for tensor in tensors]}")
-  if any(not _equal(tensor.permutation, first.permutation) for tensor in tensors):
+  _check_alike(tensors, "k", "bits", "groups", "stack", "being 2:4 sparse", "having zeros")
+  if any(not _equal(tensor.permutation, tensors[0].permutation) for tensor in tensors):
     raise ValueError("permutation must be the same in all tensors")
+  return _for_each_of(tensors[0].stack, _concatenate)(tensors)
+
+
+def _concatenate(tensors: Sequence[Packed]) -> Packed:
+  first = tensors[0]
   names = ("scales",) if first.zeros is None else ("scales", "zeros")
   groups = {name: jnp.concatenate([getattr(tensor, name) for tensor in tensors], axis=1) for name in names}
   if all(tensor.shape[1] % layout.TILE == 0 for tensor in tensors[:-1]):
@@ -106,13 +128,17 @@ def concatenate(tensors: Sequence[Packed]) -> Packed:
 
 
 def split(tensor: Packed, sizes: Sequence[int]) -> list[Packed]:
-  """The inverse of `concatenate`: weights of `sizes` columns, which add up to the tensor's.
+  """The inverse of `concatenate`: weights of `sizes` columns, which add up to the tensor's; stacks of a stack.
 
   Raises:
     ValueError: they do not add up to N.
   """
   if sum(sizes) != tensor.shape[1]:
     raise ValueError(f"{sizes=} must add up to the {tensor.shape[1]} columns of the tensor")
+  return _for_each_of(tensor.stack, partial(_split, sizes=sizes))(tensor)
+
+
+def _split(tensor: Packed, sizes: Sequence[int]) -> list[Packed]:
   whole = None if all(size % layout.TILE == 0 for size in sizes[:-1]) else unpack(tensor)
   parts, start = [], 0
   for size in sizes:
@@ -127,6 +153,29 @@ def split(tensor: Packed, sizes: Sequence[int]) -> list[Packed]:
       parts.append(_pack_as(tensor, dataclasses.replace(whole, codes=whole.codes[:, columns], **groups)))
     start += size
   return parts
+
+
+def _for_each_of(stack: tuple[int, ...], function: Callable) -> Callable:
+  """The function, of single weights, on stacks of them."""
+  for _ in stack:
+    function = jax.vmap(function)
+  return function
+
+
+_PROPERTIES: dict[str, Callable[[Packed], Any]] = {
+  "being 2:4 sparse": lambda tensor: isinstance(tensor, SparsePackedTensor),
+  "having zeros": lambda tensor: tensor.zeros is not None,
+}
+
+
+def _check_alike(tensors: Sequence[Packed], *names: str) -> None:
+  """ValueError if there are no tensors, or they differ in one of these properties."""
+  if not tensors:
+    raise ValueError("tensors is empty, must hold at least one")
+  for name in names:
+    found = [_PROPERTIES.get(name, attrgetter(name))(tensor) for tensor in tensors]
+    if len(set(found)) > 1:
+      raise ValueError(f"{name} must be the same in all tensors, not {found}")
 
 
 def _words(tensor: Packed) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from marlin_jax.calibration import Awq, Gptq, Wanda, quantize_calibrated
 from marlin_jax.calibration.text import calibration_sequences
 from marlin_jax.checkpoint import load_model, quantize_tensors, save_model
 from marlin_jax.checkpoint.native import Format
-from marlin_jax.convert import Path, Report, convert, keep_head
+from marlin_jax.convert import Path, Report, convert, keep_head_and_routers
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.quantized import QuantSpec
 from marlin_jax.quantizers import Quantizer
@@ -39,7 +39,7 @@ def quantize(
   calibration: Calibration | None = None,
   calibration_count: int = 128,
   calibration_length: int = 2048,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  predicate: Callable[[Path, nnx.Linear], bool] = keep_head_and_routers,
   progress: bool = True,
 ) -> nnx.Module:
   """Quantizes the dense layers of `model` in place, prints what it did and returns the model.
@@ -57,11 +57,11 @@ def quantize(
     calibration: texts of the kind that the model will read, or sequences of token ids.
     calibration_count: windows that are taken from texts.
     calibration_length: tokens of a window, cut to the model's context.
-    predicate: (path, layer) -> whether to quantize it; the default leaves the output head.
+    predicate: (path, layer) -> whether to quantize it; the default leaves the output head and the routers of experts.
     progress: show a progress bar on stderr, and print the report.
 
   Raises:
-    NotImplementedError: sparse24 with "hqq" or "awq".
+    NotImplementedError: sparse24 with "hqq" or "awq"; a method that is calibrated on a model with experts.
     ValueError: an unknown method, calibration that is missing or given for nothing; see also `convert` and
       `calibration.quantize_calibrated`.
   """
@@ -86,7 +86,7 @@ def quantize_checkpoint(
   calibration: Calibration | None = None,
   calibration_count: int = 128,
   calibration_length: int = 2048,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  predicate: Callable[[Path, nnx.Linear], bool] = keep_head_and_routers,
   format: Format = "native",
   progress: bool = True,
 ) -> None:

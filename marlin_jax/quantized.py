@@ -137,20 +137,34 @@ class QuantizedTensor(_CheckedPytree):
 
 
 class _PackedWeight(_CheckedPytree):
-  """What all weights in kernel order are asked for; they have `scales` and `k`."""
+  """What all weights in kernel order are asked for; they have `scales` and `k`.
+
+  Leading axes, the same in all arrays, make it a stack of weights, as `jax.vmap` and `jax.lax.map` return them and
+  `jax.lax.scan` takes them apart; all but `stack` and `nbytes` is then of one weight.
+  """
 
   k: int
-  scales: Float[Array, "G N"]
+  scales: Float[Array, "*stack G N"]
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """The leading axes; () for a single weight."""
+    return self.scales.shape[:-2]
 
   @property
   def shape(self) -> tuple[int, int]:
     """(K, N), logical."""
-    return self.k, self.scales.shape[1]
+    return self.k, self.scales.shape[-1]
+
+  @property
+  def groups(self) -> int:
+    """Number of groups in a column."""
+    return self.scales.shape[-2]
 
   @property
   def group_size(self) -> int:
     """Consecutive k that share a scale, pruned ones counted; K itself for one group per column."""
-    return self.k // self.scales.shape[0]
+    return self.k // self.groups
 
   @property
   def nbytes(self) -> int:
@@ -174,24 +188,24 @@ class PackedTensor(_PackedWeight):
   _static = ("k",)
   meta: ClassVar[None] = None
 
-  qweight: Int16[Array, "N_tiles K_tiles rows 32"]
-  scales: Float[Array, "G N"]
-  zeros: Float[Array, "G N"] | None = None
-  permutation: Int32[Array, " K"] | None = None
+  qweight: Int16[Array, "*stack N_tiles K_tiles rows 32"]
+  scales: Float[Array, "*stack G N"]
+  zeros: Float[Array, "*stack G N"] | None = None
+  permutation: Int32[Array, "*stack K"] | None = None
   k: int
 
   def __post_init__(self):
     if self.qweight.dtype != jnp.int16:
       raise ValueError(f"qweight is {self.qweight.dtype}, must be int16")
-    _check_groups(self, self.k, self.scales.shape[-1])
-    shapes = [layout.qweight_shape(*self.shape, bits) for bits in (4, 8)]
+    _check_groups(self, self.k, self.scales.shape[-1], self.scales.shape[:-2])
+    shapes = [(*self.stack, *layout.qweight_shape(*self.shape, bits)) for bits in (4, 8)]
     if self.qweight.shape not in shapes:
       raise ValueError(f"{self.qweight.shape=} must be one of {shapes} for a {self.shape} weight")
 
   @property
   def bits(self) -> int:
     """Bits of a code, 4 or 8."""
-    return self.qweight.shape[2] // 8
+    return self.qweight.shape[-2] // 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,15 +226,15 @@ class SparsePackedTensor(_PackedWeight):
   zeros: ClassVar[None] = None
   permutation: ClassVar[None] = None
 
-  qweight: Int16[Array, "N_tiles K_tiles 32 32"]
-  meta: Int16[Array, "_ _ 32 16"]
-  scales: Float[Array, "G N"]
+  qweight: Int16[Array, "*stack N_tiles K_tiles 32 32"]
+  meta: Int16[Array, "*stack _ _ 32 16"]
+  scales: Float[Array, "*stack G N"]
   k: int
 
   def __post_init__(self):
-    _check_scales(self.scales, self.k, self.scales.shape[-1])
+    _check_scales(self.scales, self.k, self.scales.shape[-1], self.scales.shape[:-2])
     for name, shape in (("qweight", layout24.qweight_shape(*self.shape)), ("meta", layout24.meta_shape(*self.shape))):
-      words = getattr(self, name)
+      words, shape = getattr(self, name), (*self.stack, *shape)
       if words.dtype != jnp.int16 or words.shape != shape:
         raise ValueError(f"{name} is {words.dtype} {words.shape}, must be int16 {shape} for a {self.shape} weight")
 
@@ -247,18 +261,18 @@ def packed_of(k: int, arrays: Mapping[str, Array]) -> Packed:
   return (SparsePackedTensor if "meta" in arrays else PackedTensor)(k=k, **arrays)
 
 
-def _check_scales(scales, k: int, n: int):
-  if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.ndim != 2:
+def _check_scales(scales, k: int, n: int, stack: tuple[int, ...]):
+  if not jnp.issubdtype(scales.dtype, jnp.floating) or scales.ndim != len(stack) + 2:
     raise ValueError(f"scales are {scales.dtype} {scales.shape}, must be floating point [G, N]")
-  groups, columns = scales.shape
+  groups, columns = scales.shape[-2:]
   if columns != n or groups < 1 or k % groups:
     raise ValueError(f"scales have shape {scales.shape}, must be [G, {n}] with a G that divides K={k}")
 
 
-def _check_groups(tensor: QuantizedTensor | PackedTensor, k: int, n: int):
+def _check_groups(tensor: QuantizedTensor | PackedTensor, k: int, n: int, stack: tuple[int, ...] = ()):
   scales, zeros, permutation = tensor.scales, tensor.zeros, tensor.permutation
-  _check_scales(scales, k, n)
+  _check_scales(scales, k, n, stack)
   if zeros is not None and not (jnp.issubdtype(zeros.dtype, jnp.floating) and zeros.shape == scales.shape):
     raise ValueError(f"zeros are {zeros.dtype} {zeros.shape}, must be floating point {scales.shape}, as the scales")
-  if permutation is not None and (permutation.dtype != jnp.int32 or permutation.shape != (k,)):
-    raise ValueError(f"permutation is {permutation.dtype} {permutation.shape}, must be int32 ({k},)")
+  if permutation is not None and (permutation.dtype != jnp.int32 or permutation.shape != (*stack, k)):
+    raise ValueError(f"permutation is {permutation.dtype} {permutation.shape}, must be int32 {(*stack, k)}")

@@ -23,11 +23,18 @@ NAMED_SHAPES: dict[str, tuple[Shape, ...]] = {
 
 
 def shapes_of_model(config: ModelConfig) -> tuple[Shape, ...]:
-  """The (K, N) of every dense layer but the head, each once: q, k, v, gate and up one by one and fused, the others."""
-  hidden, inner = config.hidden_size, config.intermediate_size
+  """The (K, N) of every dense layer but the head, each once: q, k, v, gate and up one by one and fused, the others.
+
+  Of experts, too; not of their routers, which stay float.
+  """
+  hidden, moe = config.hidden_size, config.moe
+  inners = [] if moe is None else [moe.moe_intermediate_size]
+  if moe is None or len(moe.layers) < config.num_layers:
+    inners.append(config.intermediate_size)
   q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
   shapes = [(hidden, q + 2 * kv), (hidden, q), (hidden, kv), (q, hidden)]
-  shapes += [(hidden, 2 * inner), (hidden, inner), (inner, hidden)]
+  for inner in inners:
+    shapes += [(hidden, 2 * inner), (hidden, inner), (inner, hidden)]
   return tuple(dict.fromkeys(shapes))
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from marlin_jax.bench.operands import random_meta
 from marlin_jax.checkpoint.folder import read_json
-from marlin_jax.convert import keep_head
+from marlin_jax.convert import keep_head_and_routers
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import fuse
@@ -78,7 +78,14 @@ def read_shape(name: str) -> ModelConfig:
 
 
 def abstract_model(config: ModelConfig, spec: QuantSpec | None, *, quantize_head: bool = False) -> Decoder:
-  """A fused bfloat16 Decoder of shapes without values, its dense layers quantized by `spec` (None: none of them)."""
+  """A fused bfloat16 Decoder of shapes without values, its dense layers quantized by `spec` (None: none of them).
+
+  Raises:
+    NotImplementedError: the model has experts.
+  """
+  if config.moe is not None:
+    # What a step must read depends on how many experts the tokens of a batch choose, and random weights do not tell.
+    raise NotImplementedError("bench is not implemented for models with experts: random weights choose them at random")
 
   def build() -> Decoder:
     model = Decoder(config, rngs=nnx.Rngs(0))
@@ -86,7 +93,7 @@ def abstract_model(config: ModelConfig, spec: QuantSpec | None, *, quantize_head
       return fuse(model)
     for path, parent in list(nnx.iter_modules(model)):
       for name, child in list(nnx.iter_children(parent)):
-        if isinstance(child, nnx.Linear) and (quantize_head or keep_head((*path, name), child)):
+        if isinstance(child, nnx.Linear) and (quantize_head or keep_head_and_routers((*path, name), child)):
           layer = QuantLinear(
             child.in_features,
             child.out_features,

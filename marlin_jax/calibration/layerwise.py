@@ -17,7 +17,7 @@ from tqdm import tqdm
 from marlin_jax.calibration.inputs import LayerInputs, find
 from marlin_jax.calibration.inputs import Path as LayerPath
 from marlin_jax.calibration.methods import Method
-from marlin_jax.convert import LayerReport, Path, Report, keep_head, reason_to_skip
+from marlin_jax.convert import LayerReport, Path, Report, keep_head_and_routers, reason_to_skip
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
 from marlin_jax.nnx import QuantLinear
@@ -40,7 +40,7 @@ def quantize_calibrated(
   method: Method,
   spec: QuantSpec = QuantSpec(),
   *,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  predicate: Callable[[Path, nnx.Linear], bool] = keep_head_and_routers,
   device: jax.Device | None = None,
   progress: bool = False,
 ) -> Report:
@@ -57,13 +57,18 @@ def quantize_calibrated(
     progress: show a progress bar, with the device's memory, on stderr.
 
   Raises:
-    NotImplementedError: a 2:4 sparse spec with Awq.
+    NotImplementedError: a 2:4 sparse spec with Awq; a model with experts.
     ValueError: another spec that the method does not go with; a model that is quantized already; no sequence, an empty
       one, one longer than the context, a token id outside the vocabulary; a layer, which is named, whose K the group
       size does not divide, whose kernel holds NaN or Inf, or that reads such numbers. Layers before it are already
       replaced.
   """
   method.check(spec)
+  if model.config.moe is not None:
+    # An expert reads only the tokens that choose it: a Hessian for each, and text enough for the rarest.
+    raise NotImplementedError(
+      f"{type(method).__name__} is not implemented for a mixture of experts, only the methods without calibration are"
+    )
   _check(sequences, model)
   if any(isinstance(module, QuantLinear) for _, module in nnx.iter_modules(model)):
     raise ValueError("the model has quantized layers already, must be a float model")

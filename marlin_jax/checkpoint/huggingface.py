@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,6 +16,7 @@ from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.models.config import ModelConfig, read_eos
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.nnx import QuantLinear, QuantParam
+from marlin_jax.packing import stack
 
 # Our path segment -> theirs; a segment that is not listed has the same name in both.
 _SEGMENTS = {
@@ -24,10 +26,12 @@ _SEGMENTS = {
   "attention": "self_attn",
   "input_norm": "input_layernorm",
   "post_attention_norm": "post_attention_layernorm",
+  "router": "gate",
   "embedding": "weight",
   "kernel": "weight",
   "scale": "weight",
 }
+_EXPERTS = "experts"  # the modules below it are stacks
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -53,15 +57,29 @@ def tensor_name(path: tuple[Any, ...]) -> str:
   return ".".join(_SEGMENTS.get(str(segment), str(segment)) for segment in path)
 
 
+def tensor_names(path: tuple[Any, ...], array: Any) -> list[str]:
+  """The names under which a parameter or module is stored, whose `array` is this: of experts, one for each.
+
+  ("layers", 0, "mlp", "experts", "up_proj") are model.layers.0.mlp.experts.0.up_proj, ...experts.1.up_proj and so on.
+  """
+  if _EXPERTS not in path:
+    return [tensor_name(path)]
+  index = path.index(_EXPERTS) + 1
+  return [tensor_name((*path[:index], expert, *path[index:])) for expert in range(array.shape[0])]
+
+
 def abstract_decoder(config: ModelConfig, dtype: DTypeLike) -> Decoder:
   """A float Decoder of shapes without values."""
   return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def dense_layers(model: Decoder) -> dict[str, tuple[tuple[Any, ...], nnx.Linear]]:
-  """Hugging Face name -> (path, layer) of every `nnx.Linear` in the model."""
+  """Hugging Face name -> (path, layer) of every `nnx.Linear` in the model; experts, each with a name, share theirs."""
   return {
-    tensor_name(path): (path, module) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)
+    name: (path, module)
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, nnx.Linear)
+    for name in tensor_names(path, module.kernel)
   }
 
 
@@ -77,20 +95,25 @@ def fill(model: Decoder, checkpoint: Checkpoint, quantized: QuantizedLayers, dty
   """
   check_names_and_shapes(model, checkpoint, quantized)
   checkpoint.read_ahead()
-  layers = dense_layers(model)
-  for name in quantized:
-    path, linear = layers[name]
-    packed = quantized.read(name, linear.in_features, linear.out_features, device)
+  for path, linear in [(path, layer) for path, layer in nnx.iter_modules(model) if isinstance(layer, nnx.Linear)]:
+    names = tensor_names(path, linear.kernel)
+    if names[0] not in quantized:
+      continue
     parent: Any = model
     for segment in path[:-1]:
       parent = parent[segment] if isinstance(segment, int) else getattr(parent, segment)
+    weights = [quantized.read(name, linear.in_features, linear.out_features, device) for name in names]
+    packed = stack(weights) if _EXPERTS in path else weights[0]
     setattr(parent, path[-1], QuantLinear.from_packed(packed, linear.bias, dtype=dtype))
   graphdef, state = nnx.split(model)
   filled = []
   for path, variable in nnx.to_flat_state(state):
     if not isinstance(variable, QuantParam):
       transpose = path[-1] == "kernel"
-      variable = variable.replace(read_float(checkpoint, tensor_name(path), dtype, device, transpose=transpose))
+      arrays = [
+        read_float(checkpoint, name, dtype, device, transpose=transpose) for name in tensor_names(path, variable)
+      ]
+      variable = variable.replace(jnp.stack(arrays) if _EXPERTS in path else arrays[0])
     filled.append((path, variable))
   return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
@@ -100,15 +123,32 @@ def check_names_and_shapes(model: Decoder, checkpoint: Checkpoint, quantized: Qu
 
   Raises:
     CheckpointError: a tensor is missing, unexpected or of another shape.
+    NotImplementedError: experts of one layer are not quantized alike, or one tensor holds several.
   """
+  for name in checkpoint:
+    if name.removesuffix(".weight").endswith((".experts.gate_up_proj", ".experts.down_proj")):
+      raise NotImplementedError(
+        f"{checkpoint.folder}: tensor {name} holds all experts of a layer, which is not supported, only one for each is"
+      )
   layers = dense_layers(model)
   expected = {}
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    name, shape = tensor_name(path), tuple(variable.shape)
-    if path[-1] == "kernel" and tensor_name(path[:-1]) in quantized:
-      expected |= _quantized_shapes(tensor_name(path[:-1]), *shape, checkpoint, quantized)
-    else:
-      expected[name] = shape[::-1] if path[-1] == "kernel" else shape
+    names = tensor_names(path, variable)
+    shape = tuple(variable.shape[1:] if _EXPERTS in path else variable.shape)
+    if path[-1] != "kernel":
+      expected |= dict.fromkeys(names, shape)
+      continue
+    of_layer = [name.removesuffix(".weight") for name in names]
+    for layer in of_layer:
+      if quantized.get(layer) != quantized.get(of_layer[0]):
+        raise NotImplementedError(
+          f"{checkpoint.folder}: layers {of_layer[0]} and {layer} are not quantized alike, which is not supported for "
+          "experts of one layer"
+        )
+      if layer in quantized:
+        expected |= _quantized_shapes(layer, *shape, checkpoint, quantized)
+      else:
+        expected[f"{layer}.weight"] = shape[::-1]
   for name in quantized:
     if name not in layers:
       raise CheckpointError(

@@ -13,7 +13,8 @@
 
 The layers that have a qweight are the quantized ones; quantization_config says how: {"quant_method": "marlin_jax",
 "format_version": 1, "bits": 4, "group_size": 128, "symmetric": true, "sparse24": false, "act_order": false}, and, where
-single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column.
+single layers differ, "layers": {"<layer>": {"group_size": 64}}. A group_size of null is one scale a column. Of experts
+each is a layer of its own, such as model.layers.0.mlp.experts.3.up_proj.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from marlin_jax.checkpoint.huggingface import (
   check_names_and_shapes,
   dense_layers,
   read_config,
-  tensor_name,
+  tensor_names,
 )
 from marlin_jax.checkpoint.layers import (
   QuantizedLayers,
@@ -52,11 +53,11 @@ from marlin_jax.checkpoint.layers import (
 from marlin_jax.checkpoint.marlin import MarlinLayers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint, ShardWriter, open_checkpoint
 from marlin_jax.checkpoint.sparse24_bitmask import decompressed
-from marlin_jax.convert import Path, keep_head
+from marlin_jax.convert import Path, keep_head_and_routers
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
 from marlin_jax.nnx import QuantLinear, QuantParam, quantize_and_pack
-from marlin_jax.packing import unpack
+from marlin_jax.packing import unpack, unstack
 from marlin_jax.quantized import Packed, PackedTensor, QuantSpec, SparsePackedTensor, arrays_of
 from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
@@ -209,18 +210,21 @@ def save_model(
     raise ValueError(f"{format=} must be one of {', '.join(_ENCODERS)}")
   model = unfuse(nnx.merge(*nnx.split(model)))  # of a copy: the caller's stays fused
   config = model.config.to_hf() | {"dtype": model.dtype.name}
-  quantized = {tensor_name(p): layer for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)}
+  packed = [(p, layer.packed) for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
+  quantized = {name: w for path, w in packed for name in tensor_names(path, w.scales)}
   if quantized:
     config["quantization_config"] = _quantization_config(quantized, format, ignore=list(dense_layers(model)))
   with new_folder(path) as folder:
     writer = ShardWriter(folder, max_shard_bytes)
-    for name, layer in quantized.items():
-      for leaf, array in _ENCODERS[format](layer.packed).items():
-        writer.add(f"{name}.{leaf}", array)
+    for layer_path, stack in packed:
+      for name, w in zip(tensor_names(layer_path, stack.scales), unstack(stack), strict=True):
+        for leaf, array in _ENCODERS[format](w).items():
+          writer.add(f"{name}.{leaf}", array)
     for parameter_path, variable in nnx.to_flat_state(nnx.state(model)):
       if not isinstance(variable, QuantParam):
-        array = np.asarray(variable[...])
-        writer.add(tensor_name(parameter_path), array.T if parameter_path[-1] == "kernel" else array)
+        array, names = np.asarray(variable[...]), tensor_names(parameter_path, variable)
+        for name, one in zip(names, array if len(names) > 1 else [array], strict=True):
+          writer.add(name, one.T if parameter_path[-1] == "kernel" else one)
     writer.close()
     write_json(folder / "config.json", config)
     if model.tokenizer is not None:
@@ -233,7 +237,7 @@ def quantize_tensors(
   spec: QuantSpec = QuantSpec(),
   *,
   quantizer: Quantizer = quantize_rtn,
-  predicate: Callable[[Path, nnx.Linear], bool] = keep_head,
+  predicate: Callable[[Path, nnx.Linear], bool] = keep_head_and_routers,
   format: Format = "native",
   device=None,
   max_shard_bytes: int = 2 << 30,
@@ -281,7 +285,7 @@ def quantize_tensors(
   if format == "compressed-tensors":
     ignore = [name for name in dense_layers(model) if name not in chosen]
     settings = compressed_tensors.quantization_config(dict.fromkeys(chosen, (spec, False)), ignore)
-  names = [tensor_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
+  names = [name for path, variable in nnx.to_flat_state(nnx.state(model)) for name in tensor_names(path, variable)]
   with new_folder(destination) as folder:
     writer = ShardWriter(folder, max_shard_bytes)
     for name in tqdm(names, desc="quantize", unit="tensor", disable=not progress):
@@ -311,7 +315,7 @@ _ENCODERS: dict[str, Callable[[Packed], dict[str, np.ndarray]]] = {
 
 def _kind(w: Packed) -> tuple[QuantSpec, bool]:
   """The spec of a weight, and whether it has act-order."""
-  group_size = w.group_size if w.scales.shape[0] > 1 else None
+  group_size = w.group_size if w.groups > 1 else None
   spec = QuantSpec(bits=w.bits, group_size=group_size, symmetric=w.zeros is None, sparse24=w.meta is not None)
   return spec, w.permutation is not None
 
@@ -322,9 +326,8 @@ def _settings(spec: QuantSpec) -> dict[str, Any]:
   )
 
 
-def _quantization_config(layers: Mapping[str, QuantLinear], format: str, ignore: list[str]) -> dict[str, Any]:
+def _quantization_config(packed: Mapping[str, Packed], format: str, ignore: list[str]) -> dict[str, Any]:
   """In our format the settings that most layers share, and the layers that differ from them."""
-  packed = {name: layer.packed for name, layer in layers.items()}
   if format == "compressed-tensors":
     return compressed_tensors.quantization_config({name: _kind(w) for name, w in packed.items()}, ignore)
   settings = {

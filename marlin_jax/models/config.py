@@ -2,7 +2,7 @@
 """What a decoder of the Llama family is, in numbers; read strictly from a Hugging Face config.json and written back.
 
 Hugging Face configs come in two spellings. Version 5 of transformers writes `rope_parameters` and `dtype`, version 4
-wrote `rope_theta`, `rope_scaling` and `torch_dtype`. Both are read. Every key that the four model classes read is
+wrote `rope_theta`, `rope_scaling` and `torch_dtype`. Both are read. Every key that the five model classes read is
 either understood or refused by name: a config that is almost understood gives fluent nonsense.
 """
 
@@ -16,6 +16,7 @@ ARCHITECTURES = {
   "MistralForCausalLM": ("mistral", None),
   "Qwen2ForCausalLM": ("qwen2", None),
   "Qwen3ForCausalLM": ("qwen3", 128),
+  "Qwen3MoeForCausalLM": ("qwen3_moe", None),
 }
 
 # Keys of these models and of near relatives that change the maths, with the only values this decoder implements.
@@ -33,10 +34,11 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
   "logits_scaling": (None, 1.0),
   "logit_scale": (None, 1.0),
   "no_rope_layers": (None, []),
-  "num_experts": (None, 0),
-  "num_local_experts": (None, 0),
   "is_encoder_decoder": (None, False),
 }
+
+# What only Qwen3MoeForCausalLM has; version 5 of transformers renamed the key.
+_NUM_EXPERTS = ("num_experts", "num_local_experts")
 
 _REQUIRED = object()
 
@@ -72,11 +74,39 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+  """A mixture of experts, and which layers have it in the place of their MLP.
+
+  Attributes:
+    num_experts: of such a layer.
+    num_experts_per_tok: those that a token goes through.
+    moe_intermediate_size: of each of them.
+    norm_topk_prob: the router's weights of a token's experts are scaled to add up to one.
+    layers: the indices of the layers, ascending.
+  """
+
+  num_experts: int
+  num_experts_per_tok: int
+  moe_intermediate_size: int
+  norm_topk_prob: bool
+  layers: tuple[int, ...]
+
+  def __post_init__(self):
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+      _check_positive_int(name, getattr(self, name))
+    _check_bool("norm_topk_prob", self.norm_topk_prob)
+    if self.num_experts_per_tok > self.num_experts:
+      raise ValueError(
+        f"num_experts_per_tok is {self.num_experts_per_tok}, must be at most num_experts {self.num_experts}"
+      )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
   """The shape and the options of one decoder-only model.
 
   `sliding_windows` has one entry a layer: how many keys a query sees, itself included, or None for all of them. Left
-  out, every layer sees all keys.
+  out, every layer sees all keys. `intermediate_size` is of the layers that have no experts.
   """
 
   architecture: str = "LlamaForCausalLM"
@@ -97,6 +127,7 @@ class ModelConfig:
   output_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  moe: MoEConfig | None = None
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
@@ -117,6 +148,8 @@ class ModelConfig:
       raise ValueError(
         f"sliding_windows has {len(self.sliding_windows)} entries, must have {self.num_layers}, one a layer"
       )
+    if self.moe and not set(self.moe.layers) <= set(range(self.num_layers)):
+      raise ValueError(f"layers with experts are {self.moe.layers}, must lie in 0 .. {self.num_layers - 1}")
 
   @classmethod
   def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -133,11 +166,15 @@ class ModelConfig:
     if "AutoModelForCausalLM" in (hf.get("auto_map") or {}):
       raise NotImplementedError("config: auto_map names model code of the checkpoint's own, which is never run")
     model_type, default_head_dim = ARCHITECTURES[architecture]
+    if model_type != "qwen3_moe" and any(hf.get(key) for key in _NUM_EXPERTS):
+      raise NotImplementedError(f"config: experts in a {model_type} are not supported, only in a qwen3_moe")
     num_layers = _read(hf, "num_hidden_layers", _check_positive_int)
     num_heads = _read(hf, "num_attention_heads", _check_positive_int)
     hidden_size = _read(hf, "hidden_size", _check_positive_int)
     head_dim = _read(hf, "head_dim", _check_positive_int, default_head_dim or hidden_size // num_heads)
-    has_attention_bias = model_type in ("llama", "qwen3") and _read(hf, "attention_bias", _check_bool, False)
+    has_attention_bias = model_type in ("llama", "qwen3", "qwen3_moe") and _read(
+      hf, "attention_bias", _check_bool, False
+    )
     rope_theta, rope_scaling = _rope(hf)
     return cls(
       architecture=architecture,
@@ -157,7 +194,8 @@ class ModelConfig:
       qkv_bias=model_type == "qwen2" or has_attention_bias,
       output_bias=has_attention_bias,
       mlp_bias=model_type == "llama" and _read(hf, "mlp_bias", _check_bool, False),
-      qk_norm=model_type == "qwen3",
+      qk_norm=model_type in ("qwen3", "qwen3_moe"),
+      moe=_moe(hf, num_layers) if model_type == "qwen3_moe" else None,
       bos_token_id=_read(hf, "bos_token_id", _check_token_id, None),
       eos_token_ids=read_eos(hf),
       pad_token_id=_read(hf, "pad_token_id", _check_token_id, None),
@@ -193,7 +231,7 @@ class ModelConfig:
       "pad_token_id": self.pad_token_id,
     }
     windows = {window for window in self.sliding_windows if window is not None}
-    if model_type in ("llama", "qwen3"):
+    if model_type in ("llama", "qwen3", "qwen3_moe"):
       hf["attention_bias"] = self.output_bias
     if model_type == "llama":
       hf["mlp_bias"] = self.mlp_bias
@@ -203,6 +241,12 @@ class ModelConfig:
       hf["use_sliding_window"] = bool(windows)
       hf["sliding_window"] = max(windows, default=None)
       hf["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows]
+    if model_type == "qwen3_moe":
+      hf |= {"use_sliding_window": False, "sliding_window": None, "num_experts": 0}
+    if self.moe is not None:
+      hf |= {name: getattr(self.moe, name) for name in MoEConfig.__slots__ if name != "layers"}
+      hf["mlp_only_layers"] = [layer for layer in range(self.num_layers) if layer not in self.moe.layers]
+      hf["decoder_sparse_step"] = 1
     if ModelConfig.from_hf(hf) != self:
       raise ValueError(f"{self.architecture} cannot express this config: {self}")
     return hf
@@ -272,11 +316,40 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
   return theta, Llama3Rope(**{name: rope[name] for name in fields})
 
 
+def _moe(hf: Mapping[str, Any], num_layers: int) -> MoEConfig | None:
+  """The experts of a qwen3_moe; None if no layer has any."""
+  numbers = [hf[key] for key in _NUM_EXPERTS if hf.get(key) is not None]
+  if not numbers:
+    raise ValueError(f"config: {_NUM_EXPERTS[0]} is missing")
+  num_experts = numbers[0]
+  if num_experts != numbers[-1]:
+    raise ValueError(f"config: {' and '.join(_NUM_EXPERTS)} are {num_experts!r} and {numbers[-1]!r}, must be the same")
+  if num_experts != 0:
+    _check_positive_int("num_experts", num_experts)
+  step = _read(hf, "decoder_sparse_step", _check_positive_int, 1)
+  dense = _read(hf, "mlp_only_layers", _check_layers, [])
+  layers = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
+  if num_experts == 0 or not layers:
+    return None
+  return MoEConfig(
+    num_experts=num_experts,
+    num_experts_per_tok=_read(hf, "num_experts_per_tok", _check_positive_int),
+    moe_intermediate_size=_read(hf, "moe_intermediate_size", _check_positive_int),
+    norm_topk_prob=_read(hf, "norm_topk_prob", _check_bool, False),
+    layers=layers,
+  )
+
+
 def _sliding_windows(hf: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
   # 4096 is what the model classes take when the key is absent; null switches the window off.
   window = hf.get("sliding_window", None if model_type == "llama" else 4096)
   if window is not None:
     _check_positive_int("sliding_window", window)
+  if model_type == "qwen3_moe":
+    # Releases of transformers differ in which layers of this class have the window.
+    if _read(hf, "use_sliding_window", _check_bool, False):
+      raise NotImplementedError("config: use_sliding_window in a qwen3_moe is not supported")
+    window = None
   if model_type == "llama" and window is not None:
     raise NotImplementedError(f"config: sliding_window {window} in a llama is not supported")
   if model_type in ("qwen2", "qwen3"):
@@ -305,8 +378,8 @@ def _windows_of_layer_types(
   if "sliding_attention" in types and window is None:
     raise ValueError("config: layer_types has 'sliding_attention', but there is no sliding_window in use")
   by_type = tuple(window if kind == "sliding_attention" else None for kind in types)
-  if model_type in ("llama", "mistral") and by_type != windows:
-    # These two classes do not read layer_types, so a list that says something else is not to be trusted.
+  if model_type in ("llama", "mistral", "qwen3_moe") and by_type != windows:
+    # These classes do not read layer_types, so a list that says something else is not to be trusted.
     raise NotImplementedError(f"config: layer_types of a {model_type} that contradict its sliding_window {window}")
   return by_type
 
@@ -335,6 +408,11 @@ def _check_positive_int(name: str, value: Any) -> None:
 def _check_positive_number(name: str, value: Any) -> None:
   if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
     raise ValueError(f"{name} is {value!r}, must be a positive number")
+
+
+def _check_layers(name: str, value: Any) -> None:
+  if not isinstance(value, list) or any(type(layer) is not int for layer in value):
+    raise ValueError(f"{name} is {value!r}, must be a list of layers by number")
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3; what differs between them is in the ModelConfig."""
+"""One decoder for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE; what differs between them is in the ModelConfig."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ from pallas_kernels.decode_attention import unsupported_reason
 class Decoder(nnx.Module):
   """Token ids in, float32 logits out.
 
-  Every dense layer is an `nnx.Linear` and is only ever called, so that `quantize` can put a QuantLinear in its place.
+  Every dense layer is an `nnx.Linear` and is only ever called, so that `quantize` can put a QuantLinear in its place;
+  those of experts are stacks, `models/mlp.py`.
   `dtype` is what the layers compute in; norms, softmax and the logits are float32 whatever it is.
   """
 
@@ -28,7 +29,7 @@ class Decoder(nnx.Module):
     # What turns text into token ids for this model, when it came with one; set by load_model.
     self.tokenizer: Any = None
     self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
-    self.layers = nnx.List([DecoderLayer(config, window, **dtypes) for window in config.sliding_windows])
+    self.layers = nnx.List([DecoderLayer(config, index, **dtypes) for index in range(config.num_layers)])
     self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **dtypes)
     if not config.tie_word_embeddings:
       # float32 out of the product: bf16 logits near 20 lie 0.125 apart, which ties the best with its neighbours.

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.layers import DecoderLayer
+from marlin_jax.models.mlp import MLP, MoE
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import concatenate, split
 
@@ -28,7 +30,7 @@ def fuse(model: Decoder) -> Decoder:
   """
   for layer in model.layers:
     _fuse(layer.attention, _QKV, _QKV_PARTS)
-    _fuse(layer.mlp, _GATE_UP, _GATE_UP_PARTS)
+    _fuse(_mlp(layer), _GATE_UP, _GATE_UP_PARTS)
   return model
 
 
@@ -42,8 +44,14 @@ def unfuse(model: Decoder) -> Decoder:
   kv_features = config.num_kv_heads * config.head_dim
   for layer in model.layers:
     _unfuse(layer.attention, _QKV, _QKV_PARTS, (config.num_heads * config.head_dim, kv_features, kv_features))
-    _unfuse(layer.mlp, _GATE_UP, _GATE_UP_PARTS, (config.intermediate_size,) * 2)
+    mlp = _mlp(layer)
+    _unfuse(mlp, _GATE_UP, _GATE_UP_PARTS, (mlp.down_proj.in_features,) * 2)
   return model
+
+
+def _mlp(layer: DecoderLayer) -> MLP:
+  """The MLP of a layer; of a mixture, the stack of its experts."""
+  return layer.mlp.experts if isinstance(layer.mlp, MoE) else layer.mlp
 
 
 def _fuse(parent: nnx.Module, name: str, parts: Sequence[str]) -> None:
@@ -61,7 +69,7 @@ def _unfuse(parent: nnx.Module, name: str, parts: Sequence[str], sizes: Sequence
     return
   layer = getattr(parent, name)
   starts = np.cumsum(sizes)[:-1]
-  biases = [None] * len(sizes) if layer.bias is None else jnp.split(layer.bias[...], starts)
+  biases = [None] * len(sizes) if layer.bias is None else jnp.split(layer.bias[...], starts, axis=-1)
   if isinstance(layer, QuantLinear):
     packed = split(layer.packed, sizes)
     layers = [
@@ -69,7 +77,7 @@ def _unfuse(parent: nnx.Module, name: str, parts: Sequence[str], sizes: Sequence
       for weight, bias in zip(packed, biases, strict=True)
     ]
   else:
-    kernels = jnp.split(layer.kernel[...], starts, axis=1)
+    kernels = jnp.split(layer.kernel[...], starts, axis=-1)
     layers = [_linear(kernel, bias, layer.dtype) for kernel, bias in zip(kernels, biases, strict=True)]
   delattr(parent, name)
   for part, apart in zip(parts, layers, strict=True):
@@ -81,20 +89,20 @@ def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
   first = layers[0]
   if len({(type(layer), layer.dtype, layer.bias is None) for layer in layers}) > 1:
     return None
-  bias = None if first.bias is None else jnp.concatenate([layer.bias[...] for layer in layers])
+  bias = None if first.bias is None else jnp.concatenate([layer.bias[...] for layer in layers], axis=-1)
   if isinstance(first, QuantLinear):
     try:
       packed = concatenate([layer.packed for layer in layers])
     except ValueError:
       return None
     return QuantLinear.from_packed(packed, None if bias is None else nnx.Param(bias), dtype=first.dtype)
-  return _linear(jnp.concatenate([layer.kernel[...] for layer in layers], axis=1), bias, first.dtype)
+  return _linear(jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1), bias, first.dtype)
 
 
 def _linear(kernel: Array, bias: Array | None, dtype) -> nnx.Linear:
   layer = nnx.eval_shape(
     lambda: nnx.Linear(
-      *kernel.shape, use_bias=bias is not None, dtype=dtype, param_dtype=kernel.dtype, rngs=nnx.Rngs(0)
+      *kernel.shape[-2:], use_bias=bias is not None, dtype=dtype, param_dtype=kernel.dtype, rngs=nnx.Rngs(0)
     )
   )
   layer.kernel = nnx.Param(kernel)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a Llama-family decoder: rotary position embedding, grouped-query attention, gated MLP."""
+"""The parts of a Llama-family decoder: rotary position embedding, grouped-query attention, the decoder layer."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
+from marlin_jax.models.mlp import MLP, MoE
 from pallas_kernels.add_norm import add_norm as add_norm_kernel
 from pallas_kernels.decode_attention import decode_attention
 
@@ -148,35 +149,18 @@ class Attention(nnx.Module):
     return queries, keys, values
 
 
-class MLP(nnx.Module):
-  """down(silu(gate(x)) * up(x)): SwiGLU, "GLU Variants Improve Transformer", section 2 (arXiv 2002.05202).
-
-  The projections gate and up are one, `gate_up_proj`, after `fuse`.
-  """
-
-  def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-    options = {"use_bias": config.mlp_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
-    self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
-    self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **options)
-
-  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    if hasattr(self, "gate_up_proj"):
-      gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-    else:
-      gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(jax.nn.silu(gate) * up)
-
-
 class DecoderLayer(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), where the MLP may be a mixture of experts."""
 
-  def __init__(self, config: ModelConfig, window: int | None, *, dtype, param_dtype, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, index: int, *, dtype, param_dtype, rngs: nnx.Rngs):
     dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.input_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **dtypes)
-    self.attention = Attention(config, window, **dtypes)
+    self.attention = Attention(config, config.sliding_windows[index], **dtypes)
     self.post_attention_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **dtypes)
-    self.mlp = MLP(config, **dtypes)
+    if config.moe is not None and index in config.moe.layers:
+      self.mlp = MoE(config, config.moe, **dtypes)
+    else:
+      self.mlp = MLP(config, config.intermediate_size, **dtypes)
 
   def __call__(
     self,

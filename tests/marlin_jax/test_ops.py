@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from marlin_jax import QuantSpec, pack, pack24, quant_matmul, quantize_rtn
+from marlin_jax.packing import stack
 from marlin_jax.quantizers.sparse24 import quantize_sparse24
 from pallas_kernels import matmul
 
@@ -58,6 +59,11 @@ def test_bias_is_added_before_rounding_to_the_dtype_of_x(rng, packed):
 def test_wrong_features_are_named(packed):
   with pytest.raises(ValueError, match="x has 127 features, the weight has K=128"):
     quant_matmul(jnp.ones((1, 127), jnp.bfloat16), packed)
+
+
+def test_a_stack_of_weights_is_refused(packed):
+  with pytest.raises(ValueError, match=r"w is a stack \(2,\) of weights, must be one of them"):
+    quant_matmul(jnp.ones((1, 128), jnp.bfloat16), stack([packed, packed]))
 
 
 def test_strict_dtype_promotion_is_enough(rng, packed):

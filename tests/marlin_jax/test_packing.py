@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin_jax import QuantizedTensor, pack, pack24, unpack
-from marlin_jax.packing import concatenate, split
+from marlin_jax.packing import concatenate, split, stack, unstack
 from pallas_kernels import qweight_shape
 from tests.pallas_kernels.problems import sparse24_codes
 
@@ -139,6 +139,60 @@ def test_parts_of_one_act_order_are_concatenated(rng):
   whole = concatenate([pack(first), pack(second)])
   want = np.concatenate([first.dequantize(), second.dequantize()], axis=1)
   np.testing.assert_array_equal(unpack(whole).dequantize(), want)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(bits=8, zeros=True), dict(permutation=True), "2:4 sparse"], ids=str)
+def test_a_stack_holds_its_weights(rng, kind):
+  if kind == "2:4 sparse":
+    parts = [pack24(random_tensor24(rng, 96, 70, 3)) for _ in range(4)]
+  else:
+    parts = [pack(random_tensor(rng, 96, 70, 3, **kind)) for _ in range(4)]
+  whole = stack(parts)
+  assert (whole.stack, whole.shape, whole.group_size, whole.bits) == ((4,), (96, 70), 32, parts[0].bits)
+  assert whole.nbytes == sum(part.nbytes for part in parts)
+  dataclasses.replace(whole)  # which checks the shapes
+  for one, part in zip(unstack(whole), parts, strict=True):
+    assert_same(one, part)
+  assert unstack(parts[0]) == [parts[0]]
+  _, dequantized = jax.lax.scan(lambda _, one: (None, unpack(one).dequantize()), None, whole)
+  np.testing.assert_array_equal(dequantized, np.stack([unpack(part).dequantize() for part in parts]))
+
+
+def test_weights_with_and_without_zero_points_or_act_order_are_stacked(rng):
+  parts = [random_tensor(rng, 64, 64, 2, **kind) for kind in (dict(), dict(zeros=True), dict(permutation=True))]
+  whole = stack([pack(part) for part in parts])
+  assert whole.zeros.shape == (3, 2, 64) and whole.permutation.shape == (3, 64)
+  for one, part in zip(unstack(whole), parts, strict=True):
+    np.testing.assert_array_equal(unpack(one).dequantize(), part.dequantize())
+
+
+def test_weights_of_different_kinds_are_not_stacked(rng):
+  first = pack(random_tensor(rng, 64, 64, 2))
+  for other, message in (
+    (random_tensor(rng, 64, 65, 2), r"shape must be the same in all tensors, not \[\(64, 64\), \(64, 65\)\]"),
+    (random_tensor(rng, 64, 64, 2, bits=8), r"bits must be the same in all tensors, not \[4, 8\]"),
+    (random_tensor(rng, 64, 64, 1), r"groups must be the same in all tensors, not \[2, 1\]"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      stack([first, pack(other)])
+  with pytest.raises(ValueError, match="being 2:4 sparse must be the same"):
+    stack([first, pack24(random_tensor24(rng, 64, 64, 2))])
+  with pytest.raises(ValueError, match="tensors is empty"):
+    stack([])
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (30, 64)])
+@pytest.mark.parametrize("kind", [dict(), dict(bits=8, zeros=True)], ids=str)
+def test_stacks_are_concatenated_one_by_one(rng, widths, kind):
+  parts = [[pack(random_tensor(rng, 96, n, 3, **kind)) for _ in range(3)] for n in widths]
+  stacks = [stack(of_width) for of_width in parts]
+  whole = concatenate(stacks)
+  for one, *columns in zip(unstack(whole), *parts, strict=True):
+    assert_same(one, concatenate(columns))
+  for apart, part in zip(split(whole, widths), stacks, strict=True):
+    assert_same(apart, part)
+  with pytest.raises(ValueError, match=r"stack must be the same in all tensors, not \[\(3,\), \(2,\)\]"):
+    concatenate([stacks[0], stack(parts[1][:2])])
 
 
 def test_what_does_not_belong_together_is_not_concatenated(rng):

@@ -78,11 +78,15 @@ def test_dequantize_is_scale_times_code_minus_zero(rng, bits, middle, with_zeros
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 65)), k=128)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((1, 64)), k=129)),
     (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((3, 64)), k=128)),
+    (PackedTensor, dict(qweight=WORDS, scales=jnp.ones((2, 1, 64)), k=128)),
+    (PackedTensor, dict(qweight=WORDS[None], scales=jnp.ones((1, 64)), k=128)),
+    (PackedTensor, dict(qweight=WORDS[None], scales=jnp.ones((1, 1, 64)), permutation=jnp.arange(128), k=128)),
     (SparsePackedTensor, dict(qweight=WORDS, meta=META[:, :1], scales=jnp.ones((1, 64)), k=256)),
     (SparsePackedTensor, dict(qweight=WORDS, meta=META.astype(jnp.int32), scales=jnp.ones((1, 64)), k=256)),
     (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((1, 64)), k=257)),
     (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((1, 65)), k=256)),
     (SparsePackedTensor, dict(qweight=WORDS, meta=META, scales=jnp.ones((3, 64)), k=256)),
+    (SparsePackedTensor, dict(qweight=WORDS[None], meta=META, scales=jnp.ones((1, 1, 64)), k=256)),
   ],
 )
 def test_wrong_fields_are_refused(kind, fields):

@@ -14,6 +14,7 @@ from marlin_jax.bench.profile import kernel_class, summarize
 from marlin_jax.bench.shapes import SHAPES, abstract_model, nbytes, random_model, read_shape
 from marlin_jax.quantized import QuantSpec
 from tests.marlin_jax.bench.small_model import SMALL
+from tests.marlin_jax.small_moe import SMALL_MOE
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
@@ -32,6 +33,11 @@ def test_the_shapes_have_the_sizes_they_are_named_after(name, parameters):
     nbytes(abstract_model(dataclasses.replace(SHAPES[name], num_layers=n, sliding_windows=()), None)) for n in (1, 2)
   )
   assert one + (SHAPES[name].num_layers - 1) * (two - one) == pytest.approx(2 * parameters, rel=2e-3)
+
+
+def test_a_mixture_of_experts_is_refused():
+  with pytest.raises(NotImplementedError, match="bench is not implemented for models with experts"):
+    random_model(SMALL_MOE, None)
 
 
 def test_a_shape_is_read_from_a_config(tmp_path):

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 
 from marlin_jax.bench.layers import parse_shapes, shapes_of_model
 from marlin_jax.bench.shapes import read_shape
+from tests.marlin_jax.small_moe import SMALL_MOE
 
 
 def test_layers_of_a_model():
@@ -15,6 +18,15 @@ def test_layers_of_a_model():
     (4096, 14336),
     (14336, 4096),
   )
+
+
+def test_experts_are_layers_of_a_model():
+  # q, k, v fused, q, k and v alone, o; then the experts' and the dense layers' gate and up, one of them, and down.
+  attention = ((64, 128), (64, 64), (64, 32))
+  experts, dense = ((64, 64), (64, 32), (32, 64)), ((64, 192), (64, 96), (96, 64))
+  assert shapes_of_model(SMALL_MOE) == tuple(dict.fromkeys(attention + experts + dense))
+  everywhere = dataclasses.replace(SMALL_MOE, moe=dataclasses.replace(SMALL_MOE.moe, layers=(0, 1)))
+  assert shapes_of_model(everywhere) == tuple(dict.fromkeys(attention + experts))
 
 
 def test_shapes_are_sizes_or_names():

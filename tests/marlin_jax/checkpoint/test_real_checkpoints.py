@@ -23,7 +23,8 @@ from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.models import unfuse
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.packing import unpack
+from marlin_jax.packing import unpack, unstack
+from marlin_jax.quantization import quantize
 from marlin_jax.quantized import SparsePackedTensor
 from pallas_kernels import matmul
 
@@ -93,8 +94,8 @@ def test_logits_and_greedy_tokens_are_the_recorded_ones(folder):
   assert_recorded(model_in(folder), folder)
 
 
-def assert_recorded(model, folder):
-  recorded = np.load(folder / "logits_fp32_ref.npz")
+def assert_recorded(model, folder, file="logits_fp32_ref.npz"):
+  recorded = np.load(folder / file)
   logits = forward(model, jnp.asarray(recorded["input_ids"], jnp.int32))
   np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
   rows, length = recorded["input_ids"].shape
@@ -130,12 +131,57 @@ def test_sparse_floats_are_the_tools_own_weights_logits_and_tokens():
   assert_recorded(model, folder)
 
 
+def test_logits_and_greedy_tokens_of_a_mixture_of_experts_are_the_recorded_ones():
+  folder = folder_of("qwen3moe-bf16")
+  model = load_model(folder, dtype=jnp.float32)
+  assert model.layers[0].mlp.experts.up_proj.kernel.shape == (8, 128, 64)
+  assert_recorded(model, folder, "logits_fp32.npz")
+  fp32, bf16 = (np.load(folder / f"logits_{dtype}.npz") for dtype in ("fp32", "bf16"))
+  logits = np.asarray(forward(load_model(folder), jnp.asarray(fp32["input_ids"], jnp.int32)))
+  ours, theirs = (np.sqrt(np.mean((x - fp32["logits"]) ** 2)) for x in (logits, bf16["logits"]))
+  assert 0 < ours <= theirs
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+def test_a_quantized_mixture_of_experts_is_close_and_comes_back(method, tmp_path):
+  folder = folder_of("qwen3moe-bf16")
+  recorded = np.load(folder / "logits_fp32.npz")
+  tokens = jnp.asarray(recorded["input_ids"], jnp.int32)
+
+  def error(model):
+    # The median over tokens: rounding sends one that is between two experts to the other, and its logits elsewhere.
+    difference, norm = (
+      np.linalg.norm(x, axis=-1) for x in (forward(model, tokens) - recorded["logits"], recorded["logits"])
+    )
+    return np.median(difference / norm)
+
+  # 64 and not 128, which does not divide the 64 inputs of an expert's down_proj.
+  eight, four = (
+    quantize(load_model(folder, dtype=jnp.float32), method=method, bits=bits, group_size=64, progress=False)
+    for bits in (8, 4)
+  )
+  assert error(eight) < 0.01 < error(four) < 0.15
+  for format in ("native", "compressed-tensors") if method == "rtn" else ("native",):
+    save_model(four, tmp_path / format, format=format)
+    assert_same_state(load_model(tmp_path / format, dtype=jnp.float32), four)
+  dense = load_model(folder, dtype=jnp.float32)
+  for path, layer in nnx.iter_modules(four):
+    if isinstance(layer, QuantLinear):
+      parent = functools.reduce(lambda p, name: p[name] if isinstance(name, int) else getattr(p, name), path, dense)
+      weights = jnp.stack([unpack(w).dequantize() for w in unstack(layer.packed)])
+      parent.kernel[...] = weights if layer.packed.stack else weights[0]
+  np.testing.assert_allclose(forward(four, tokens), forward(dense, tokens), rtol=0, atol=1e-4)
+
+
 @ALL
 def test_saved_in_our_format_it_is_the_same_model(folder, tmp_path):
   model = model_in(folder)
   save_model(model, tmp_path / "saved")
   # `generate` may have fused the projections of this one, which the tests share.
-  models = unfuse(nnx.merge(*nnx.split(model))), load_model(tmp_path / "saved", dtype=jnp.float32)
+  assert_same_state(unfuse(nnx.merge(*nnx.split(model))), load_model(tmp_path / "saved", dtype=jnp.float32))
+
+
+def assert_same_state(*models):
   a, b = (dict(nnx.to_flat_state(nnx.state(m))) for m in models)
   assert a.keys() == b.keys()
   for path, variable in a.items():
@@ -168,6 +214,6 @@ def test_on_a_gpu_the_kernel_computes_it(folder, monkeypatch):
     )
   )
   assert [sum(map(len, row)) for row in zip(*text, strict=True)] == [16] * len(tokens)
-  monkeypatch.setattr(ops, "matmul", functools.partial(matmul, implementation="reference"))
+  monkeypatch.setattr(ops, "matmul", lambda *args, implementation: matmul(*args, implementation="reference"))
   by_rounding = error()  # what bfloat16 costs by itself
   assert by_kernel < 1.25 * by_rounding < 0.1

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from marlin_jax.models import Llama3Rope, ModelConfig
+from marlin_jax.models import Llama3Rope, ModelConfig, MoEConfig
+from tests.marlin_jax.small_moe import SMALL_MOE
 
 DATA = Path(__file__).parents[2] / "data"
 CHECKPOINTS = ["llama-bf16", "llama3rope-tied-bf16", "mistral-sharded-bf16", "qwen2-bf16", "qwen3-bf16"]
@@ -25,6 +26,13 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MOE = LLAMA | {
+  "architectures": ["Qwen3MoeForCausalLM"],
+  "model_type": "qwen3_moe",
+  "num_experts": 8,
+  "num_experts_per_tok": 2,
+  "moe_intermediate_size": 32,
+}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -76,6 +84,11 @@ def test_both_spellings_of_rope_mean_the_same():
       {"sliding_windows": (8, None, 8), "head_dim": 128, "qk_norm": True, "qkv_bias": False},
     ),
     (QWEN3 | {"attention_bias": True}, {"qkv_bias": True, "output_bias": True}),
+    # As Qwen3-30B-A3B has them: a window that is not used.
+    (
+      MOE | {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1},
+      {"sliding_windows": (None, None, None), "head_dim": 32, "qk_norm": True, "qkv_bias": False},
+    ),
     (LLAMA | {"transformers_version": "4.1", "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True}, {}),
   ],
 )
@@ -87,7 +100,8 @@ def test_what_each_architecture_reads(hf, expected):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "'Qwen3MoeForCausalLM' is not supported"),
+    ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "'MixtralForCausalLM' is not supported"),
+    ({"num_local_experts": 8}, "experts in a llama are not supported, only in a qwen3_moe"),
     ({"architectures": None, "model_type": "gemma"}, "'gemma' is not supported"),
     ({"architectures": None, "model_type": None}, "architecture 'None' is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
@@ -110,6 +124,39 @@ def test_what_each_architecture_reads(hf, expected):
 def test_what_is_not_covered_is_refused_by_name(change, message):
   with pytest.raises(NotImplementedError, match=message):
     ModelConfig.from_hf(LLAMA | change)
+
+
+@pytest.mark.parametrize(
+  ("change", "layers"),
+  [
+    ({}, (0, 1, 2)),
+    ({"decoder_sparse_step": 2}, (1,)),
+    ({"decoder_sparse_step": 3, "mlp_only_layers": None}, (2,)),
+    ({"mlp_only_layers": [0, 7]}, (1, 2)),
+    ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, None),
+    ({"num_experts": 0}, None),
+    ({"num_experts": None, "num_local_experts": 8}, (0, 1, 2)),
+    ({"num_local_experts": 8}, (0, 1, 2)),
+  ],
+)
+def test_which_layers_have_experts(change, layers):
+  config = ModelConfig.from_hf(MOE | change)
+  assert (config.moe and config.moe.layers) == layers
+  assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_experts_in_numbers():
+  expected = MoEConfig(
+    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=False, layers=(0, 1, 2)
+  )
+  assert ModelConfig.from_hf(MOE).moe == expected
+  assert ModelConfig.from_hf(MOE | {"norm_topk_prob": True}).moe.norm_topk_prob
+  assert ModelConfig.from_hf(SMALL_MOE.to_hf()) == SMALL_MOE
+
+
+def test_a_window_that_releases_disagree_on_is_refused():
+  with pytest.raises(NotImplementedError, match="use_sliding_window in a qwen3_moe is not supported"):
+    ModelConfig.from_hf(MOE | {"use_sliding_window": True, "sliding_window": 8})
 
 
 def test_layer_types_of_a_class_that_does_not_read_them_must_agree():
@@ -146,6 +193,14 @@ def test_layer_types_of_a_class_that_does_not_read_them_must_agree():
       LLAMA | {"rope_scaling": LLAMA3_ROPE | {"rope_type": "llama3", "high_freq_factor": 1.0}},
       "high_freq_factor is 1.0, must be above low_freq_factor 1.0",
     ),
+    ({key: value for key, value in MOE.items() if key != "num_experts"}, "num_experts is missing"),
+    (MOE | {"num_experts": "8"}, "num_experts is '8', must be a positive integer"),
+    (MOE | {"num_local_experts": 4}, "num_experts and num_local_experts are 8 and 4, must be the same"),
+    (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, must be at most num_experts 8"),
+    (MOE | {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+    (MOE | {"norm_topk_prob": 1}, "norm_topk_prob is 1, must be true or false"),
+    (MOE | {"mlp_only_layers": "0"}, "mlp_only_layers is '0', must be a list of layers by number"),
+    (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, must be a positive integer"),
     (MISTRAL | {"sliding_window": -1}, "sliding_window is -1, must be a positive integer"),
     (QWEN2 | {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\], must be a list of 3"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 3}, "there is no sliding_window in use"),

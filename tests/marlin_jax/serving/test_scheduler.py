@@ -6,16 +6,20 @@ import queue
 import random
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from marlin_jax import quantize
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.serving import programs
 from marlin_jax.serving.engine import Engine, ServingConfig
 from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull
 from marlin_jax.serving.scheduler import Scheduler
+from tests.marlin_jax.small_moe import small_moe
 
 DRAWN = Sampling(temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=7)
 TIMEOUT = 60
@@ -226,3 +230,16 @@ def test_the_queue_is_bounded_and_draining_finishes_what_is_in_it(model, config)
 def test_a_config_checks_itself(change, message):
   with pytest.raises(ValueError, match=message):
     ServingConfig(**change)
+
+
+def test_a_mixture_of_experts_is_served_as_it_generates():
+  # What stands in other slots, and in empty ones, chooses experts too, and must change nothing.
+  model = quantize(small_moe(), group_size=32, progress=False)
+  nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+  scheduler = Scheduler(Engine(model, ServingConfig(slots=4, context=64, chunk=4, prefill_chunk=16, queue_limit=8)))
+  scheduler.start()
+  prompts = [prompt_of(length, length) for length in (3, 20, 33)]
+  clients = [Client(scheduler, prompt=prompt, max_new_tokens=8) for prompt in prompts]
+  tokens = [client.result()[0] for client in clients]
+  assert scheduler.drain(60)
+  assert tokens == [alone(model, prompt, 8) for prompt in prompts]
