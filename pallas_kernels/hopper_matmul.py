@@ -288,7 +288,8 @@ def matmul_hopper(
 ) -> Float[Array, "M N"]:
   """y = x @ (scales * (codes - zeros)) + bias, dequantized in registers, summed in float32.
 
-  The same bits at every call. 2:4 sparse weights go to sparse tensor cores: x is not multiplied where a weight is pruned, not even if it is Inf.
+  The same bits at every call. 2:4 sparse weights go to sparse tensor cores: x is not multiplied where one is pruned,
+  not even if it is Inf.
 
   Args:
     x: bfloat16 or float16; M at least 1.
