@@ -15,8 +15,9 @@ def quant_matmul(
   w: Packed,
   bias: Float[Array, " N"] | None = None,
   *,
+  gated: bool = False,
   implementation: str | None = None,
-) -> Float[Array, "*batch N"]:
+) -> Float[Array, "*batch N_out"]:
   """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n], summed in float32 and rounded once, to x's dtype.
 
   For inference: there is no gradient rule, differentiating it raises.
@@ -25,6 +26,7 @@ def quant_matmul(
     x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
     w: the packed weight, dense or 2:4 sparse. With a permutation, x is gathered before the product.
     bias: any float dtype.
+    gated: w is of `packing.interleave(gate, up)`, and y is silu(gate) * up of N / 2 columns.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
   Raises:
@@ -39,5 +41,5 @@ def quant_matmul(
   if w.permutation is not None:
     x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
   x = x.reshape(math.prod(batch), k)
-  y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, implementation=implementation)
-  return y.reshape(*batch, w.shape[1])
+  y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, gated=gated, implementation=implementation)
+  return y.reshape(*batch, y.shape[1])

@@ -39,7 +39,7 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   return None
 
 
-def _kernel(*refs, config, problem, biased, k_tiles):
+def _kernel(*refs, config, problem, biased, gated, k_tiles):
   """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]) + bias[n].
 
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
@@ -254,7 +254,7 @@ def _kernel(*refs, config, problem, biased, k_tiles):
       if c.y_in_ring:  # y_smem is where the ring was
         plgpu.barrier_arrive(consumed)
         plgpu.barrier_wait(consumed)
-      store_partial(acc.astype(y_smem.dtype), y_smem.at[wg], across_programs=c.split_k > 1)
+      store_partial(acc, y_smem.at[wg], across_programs=c.split_k > 1, gated=gated and not c.reduces)
       if c.reduces:
         plgpu.barrier_arrive(ready.at[column_tile])
         plgpu.barrier_wait(ready.at[column_tile])
@@ -264,9 +264,10 @@ def _kernel(*refs, config, problem, biased, k_tiles):
         slot=column_tile * c.warpgroups_k,
         share=share,
         first_row=mb * c.block_m,
-        first_column=first_column,
+        first_column=first_column // 2 if gated else first_column,
         slots=c.warpgroups_k,
         programs=c.split_k,
+        gated=gated,
       )
       if c.split_k > 1:  # its shared memory must outlive the reads of the others
         plgpu.barrier_arrive(done.at[column_tile])
@@ -275,7 +276,7 @@ def _kernel(*refs, config, problem, biased, k_tiles):
 
 # A jit of its own: the layers of a model that are of one shape then share one trace, one lowering and one compilation
 # of the kernel. Without it 56 layers took more than a minute, most of it in lowering.
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("gated", "config"))
 def matmul_hopper(
   x: Float[Array, "M K"],
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
@@ -284,8 +285,9 @@ def matmul_hopper(
   meta: Int16[Array, "N_tiles K_tiles 32 16"] | None = None,
   bias: Float[Array, " N"] | None = None,
   *,
+  gated: bool = False,
   config: HopperConfig,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N_out"]:
   """y = x @ (scales * (codes - zeros)) + bias, dequantized in registers, summed in float32.
 
   The same bits at every call. 2:4 sparse weights go to sparse tensor cores: x is not multiplied where one is pruned,
@@ -298,6 +300,7 @@ def matmul_hopper(
     zeros: zero points, like scales, rounded to x's dtype; None is the middle code.
     meta: positions of kept codes (layout24.py); None of a dense weight.
     bias: added in float32, before rounding.
+    gated: columns are gates and ups in turns (layout.py), and y is silu(gate) * up, N / 2 columns.
     config: block sizes; see HopperConfig.
 
   Raises:
@@ -350,8 +353,8 @@ def matmul_hopper(
   ]
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
   y = plgpu.kernel(
-    functools.partial(_kernel, config=c, problem=problem, biased=bias is not None, k_tiles=k_tiles),
-    out_type=jax.ShapeDtypeStruct((m, others[0].shape[1]), x.dtype),
+    functools.partial(_kernel, config=c, problem=problem, biased=bias is not None, gated=gated, k_tiles=k_tiles),
+    out_type=jax.ShapeDtypeStruct((m, others[0].shape[1] // (1 + gated)), x.dtype),
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -373,7 +376,7 @@ def matmul_hopper(
       unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
   )(x, qweight.reshape(n_tiles, k_tiles, planes, 8, 128), *others)
-  return y[:, :n]
+  return y[:, : n // (1 + gated)]
 
 
 def _run_of_steps(program, total: int, programs: int):

@@ -6,6 +6,9 @@
     warpgroup (n, j) of program r   write_rows: its share of the block's rows, slot 0 + slot 1 + ... of program 0, then
                                     those of program 1 (distributed shared memory), rounded once, to y in device memory
 
+Columns that are gated (layout.py) become half as many: silu(gate) * up, of float32 sums; where there is nothing to add,
+before they are stored, since a thread has the sums of both.
+
 Nothing goes through device memory but y itself, no second kernel runs, and the order of additions never changes.
 """
 
@@ -21,21 +24,20 @@ from pallas_kernels.hopper_fragments import asm, asm_void
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
 PITCH = {2: layout.TILE + 8, 4: layout.TILE + 4}
-_ROWS_A_PASS = 16  # 128 threads, 8 columns each
-
 # Of shared memory alone (PTX ISA 8.6). `fence.acq_rel.cluster` orders device memory as well: MEMBAR.ALL.GPU and an
 # invalidated L1, twice a program.
 _RELEASE = "fence.release.sync_restrict::shared::cta.cluster;"
 _ACQUIRE = "fence.acquire.sync_restrict::shared::cluster.cluster;"
 
 
-def store_partial(acc, y_smem, *, across_programs: bool):
+def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
   """y_smem[m, n] = acc[n, m]; once it returns, the warpgroup's sums may be read after a barrier.
 
   Args:
-    acc: float32 or y's dtype, [64, block_m] as an accumulator.
+    acc: float32, [64, block_m] as an accumulator; rounded to the dtype of y_smem.
     y_smem: [block_m, PITCH], the warpgroup's slot.
     across_programs: whether other programs of the cluster read it, too.
+    gated: store silu(gate) * up, 32 columns.
   """
 
   def store(ctx, acc, y_ref):
@@ -43,15 +45,21 @@ def store_partial(acc, y_smem, *, across_programs: bool):
     index = ir.IndexType.get()
     thread = arith.index_cast(index, _thread())
     lane = arith.remui(thread, mgpu.c(32, index))
+    # A thread has sums of row n and of row n + 8; if gated, a gate and its up.
+    tile_rows = 8 if gated else 16  # of a warp
     row = arith.addi(
-      arith.muli(arith.divui(thread, mgpu.c(32, index)), mgpu.c(16, index)), arith.divui(lane, mgpu.c(4, index))
+      arith.muli(arith.divui(thread, mgpu.c(32, index)), mgpu.c(tile_rows, index)), arith.divui(lane, mgpu.c(4, index))
     )
     column = arith.muli(arith.remui(lane, mgpu.c(4, index)), mgpu.c(2, index))
-    for i, pair in enumerate(acc.registers.flat):
-      n = arith.addi(row, mgpu.c(8 * (i % 2), index))
+    dtype = ir.MemRefType(y_ref.type).element_type
+    pairs = list(acc.registers.flat)
+    for i in range(len(pairs) // 2):
       for e in range(2):
-        m = arith.addi(column, mgpu.c(8 * (i // 2) + e, index))
-        memref.store(vector.extract(pair, [], [e]), y_ref, [m, n])
+        m = arith.addi(column, mgpu.c(8 * i + e, index))
+        low, high = (vector.extract(pair, [], [e]) for pair in pairs[2 * i : 2 * i + 2])
+        for j, value in enumerate([_silu_times(low, high)] if gated else [low, high]):
+          value = value if dtype == value.type else arith.truncf(dtype, value)
+          memref.store(value, y_ref, [m, arith.addi(row, mgpu.c(8 * j, index))])
     if across_programs:
       asm_void(_RELEASE)
     mgpu.utils.warpgroup_barrier()  # one thread arrives on the barrier for all
@@ -59,8 +67,10 @@ def store_partial(acc, y_smem, *, across_programs: bool):
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
 
 
-def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: int, programs: int):
+def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: int, programs: int, gated: bool):
   """y_gmem[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
+
+  If gated, with half the columns: silu(gate) * up of the sums.
 
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
@@ -72,6 +82,9 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
   shares = slots * programs
   rows = max(1, block_m // shares)
   reducing = shares > 1
+  threads_a_row = 4 if gated else 8  # which have 8 columns of y each
+  rows_a_pass = 128 // threads_a_row
+  width = 16 if gated and reducing else 8  # columns of sums for these
   convert = f"cvt.rn.{'bf16x2' if y_gmem.dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
 
   def write(ctx, y_ref, y_out, slot, share, first_row, first_column):
@@ -83,19 +96,20 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
     m_end, n_end = ir.MemRefType(y_out.type).shape
     if programs > 1:
       asm_void(_ACQUIRE)
-    local, column = arith.divui(_thread(), _i32(8)), arith.muli(arith.remui(_thread(), _i32(8)), _i32(8))
+    local, place = (divide(_thread(), _i32(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
     gmem = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(y_out))
-    n = arith.addi(first_column, column)
+    n = arith.addi(first_column, arith.muli(place, _i32(8)))
 
     def address(slot, row):
+      column = arith.muli(place, _i32(width))
       element = arith.addi(arith.muli(arith.addi(arith.muli(slot, _i32(block_m)), row), _i32(pitch)), column)
       return arith.addi(smem, arith.muli(element, _i32(4 if reducing else 2)))
 
     def load(slot, row, program):
-      """Eight float32 from the same place of another program's shared memory."""
+      """`width` float32 from the same place of another program's shared memory."""
       values = []
-      for offset in (0, 16):
+      for offset in range(0, 4 * width, 16):
         text = (
           "{ .reg .b32 there; mapa.shared::cluster.u32 there, $4, $5;"
           f" ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there + {offset}]; }}"
@@ -103,7 +117,7 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
         values += asm([f32] * 4, [address(slot, row), _i32(program)], text, "=f,=f,=f,=f,r,r")
       return values
 
-    for first in range(0, rows, _ROWS_A_PASS):
+    for first in range(0, rows, rows_a_pass):
       mine = arith.addi(_i32(first), local)
       row = arith.addi(arith.muli(share, _i32(rows)), mine)
       m = arith.addi(first_row, row)
@@ -117,6 +131,8 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
             for i in range(slots):
               values = load(arith.addi(slot, _i32(i)), row, program)
               total = values if total is None else [arith.addf(a, b) for a, b in zip(total, values, strict=True)]
+          if gated:
+            total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
           words = [asm([i32], [total[i + 1], total[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
         else:
           words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
@@ -128,6 +144,15 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
 
   types = (plgpu.RefType(()), plgpu.RefType(())) + (plgpu.Layout.WG_SPLAT,) * 4
   plgpu.inline_mgpu(arg_types=types)(write)(y_smem, y_gmem, slot, share, first_row, first_column)
+
+
+def _silu_times(gate, up):
+  """gate / (1 + exp(-gate)) * up, of float32, off by a few units in the last place."""
+  text = (
+    "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"  # -log2(e), 1
+    " rcp.approx.ftz.f32 t, t; mul.f32 t, t, $1; mul.f32 $0, t, $2; }"
+  )
+  return asm([ir.F32Type.get()], [gate, up], text, "=f,f,f")[0]
 
 
 def _thread():

@@ -24,6 +24,9 @@ tile's codes, rows 32..63 the low ones, each packed as above. code - 128 = 16 (h
 fp16: a kernel decodes 8 bits with its 4-bit decoder, twice, and one fused multiply-add. `qweight.shape[2] // 8` is the
 number of bits.
 
+Gated columns, of a layer that computes silu(x @ gate) * (x @ up), are eight of gate and eight of up in turns: rows n and
+n + 8 of a fragment, so that a thread has the sums of both.
+
 N is padded to a multiple of 64 and K to one of 128 with codes that stand for zero without zero points, once, at packing
 time; the logical sizes are those of `scales` and `x`.
 """
@@ -33,7 +36,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int16, UInt8
+from jaxtyping import Array, Int, Int16, UInt8
 
 TILE = 64  # codes along either side of a tile
 TILE_WORDS = TILE * TILE // 4
@@ -49,6 +52,17 @@ def zero_code(bits: int) -> int:
 def padded_shape(k: int, n: int) -> tuple[int, int]:
   """(K, N) of the packed buffer of a [k, n] weight."""
   return -(-k // K_MULTIPLE) * K_MULTIPLE, -(-n // TILE) * TILE
+
+
+def gated_order(n: int) -> Int[np.ndarray, " N"]:
+  """Which of the n columns [gate, up] stands where among gated ones.
+
+  Raises:
+    ValueError: n is no multiple of 16.
+  """
+  if n % 16:
+    raise ValueError(f"{n=} must be a multiple of 16 for columns of gate and up, eight in turns")
+  return np.arange(n).reshape(2, -1, 8).swapaxes(0, 1).ravel()
 
 
 def qweight_shape(k: int, n: int, bits: int = 4) -> tuple[int, int, int, int]:

@@ -63,10 +63,11 @@ def matmul(
   meta: Int16[Array, "_ _ 32 16"] | None = None,
   bias: Float[Array, " N"] | None = None,
   *,
+  gated: bool = False,
   implementation: str | None = None,
   interpret: bool = False,
   tuned: str | Path | None = None,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N_out"]:
   """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) + bias[n].
 
   All is summed in float32 and rounded once.
@@ -81,6 +82,8 @@ def matmul(
     meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros. Where a weight is
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     bias: added to the sums; any float dtype.
+    gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. The Triton
+      kernels round gate and up to x's dtype before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
@@ -106,6 +109,8 @@ def matmul(
     raise ValueError(f"{meta.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
   if bias is not None and bias.shape != (n,):
     raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
+  if gated and n % 16:
+    raise ValueError(f"n={n} must be a multiple of 16 for gated columns")
   kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
@@ -116,17 +121,19 @@ def matmul(
   elif reason := IMPLEMENTATIONS[implementation](problem, device):
     raise NotImplementedError(f"implementation {implementation!r} does not cover {problem}: {reason}")
   if m == 0:
-    return jnp.zeros((0, n), x.dtype)
+    return jnp.zeros((0, n // (1 + gated)), x.dtype)
   if implementation == "reference":
-    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias)
+    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias, gated=gated)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.HEURISTICS[implementation](problem, device.num_sms)
     if interpret
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
-  if implementation == "triton24":
-    return triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, config=config)
-  return triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)
+    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, gated=gated, config=config)
+  if implementation == "triton24":
+    y = triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
+  else:
+    y = triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)
+  return reference.gate(y) if gated else y

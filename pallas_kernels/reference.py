@@ -41,10 +41,22 @@ def matmul_reference(
   zeros: Float[Array, "G N"] | None = None,
   meta: Int16[Array, "_ _ 32 16"] | None = None,
   bias: Float[Array, " N"] | None = None,
-) -> Float[Array, "M N"]:
-  """y = x @ dequantize(unpack(qweight, meta), scales, zeros) + bias, summed in float32, rounded once to x.dtype."""
+  *,
+  gated: bool = False,
+) -> Float[Array, "M N_out"]:
+  """y = x @ dequantize(unpack(qweight, meta), scales, zeros) + bias, summed in float32, rounded once to x.dtype.
+
+  If gated, `gate(y)` is what is rounded.
+  """
   k, n = x.shape[1], scales.shape[1]
   codes = layout.unpack_codes(qweight, k, n) if meta is None else layout24.unpack_codes(qweight, meta, k, n)
   w = dequantize(codes, scales, zeros, bits=qweight.shape[2] // 8)
   y = jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
-  return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+  y = y if bias is None else y + bias.astype(jnp.float32)
+  return (gate(y) if gated else y).astype(x.dtype)
+
+
+def gate(y: Float[Array, "M N"]) -> Float[Array, "M N_out"]:
+  """silu(gate) * up of gated columns (layout.py), in y's dtype: SwiGLU, arXiv 2002.05202, section 2."""
+  gates, ups = jnp.moveaxis(y.reshape(y.shape[0], -1, 2, 8), 2, 0)
+  return (jax.nn.silu(gates) * ups).reshape(y.shape[0], -1)

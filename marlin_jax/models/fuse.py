@@ -12,6 +12,7 @@ from jaxtyping import Array
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.layers import DecoderLayer
 from marlin_jax.models.mlp import MLP, MoE
+from marlin_jax.models.swiglu import QuantSwiGLU
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import concatenate, split
 
@@ -22,7 +23,8 @@ _GATE_UP, _GATE_UP_PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 def fuse(model: Decoder) -> Decoder:
   """Makes one layer of the query, key and value projections and one of gate and up, in place, for inference.
 
-  Float or quantized, the columns stay the same. Where the parts cannot stand in one matrix (they differ in bits, group
+  Float or quantized, the columns stay the same; of a quantized gate and up they are interleaved, and the layer gates its
+  result itself. Where the parts cannot stand in one matrix (they differ in bits, group
   size, zero points or act-order, or are not all quantized) they stay apart. `unfuse` takes it back.
 
   Returns:
@@ -30,7 +32,9 @@ def fuse(model: Decoder) -> Decoder:
   """
   for layer in model.layers:
     _fuse(layer.attention, _QKV, _QKV_PARTS)
-    _fuse(_mlp(layer), _GATE_UP, _GATE_UP_PARTS)
+    mlp = _mlp(layer)
+    _fuse_swiglu(mlp)
+    _fuse(mlp, _GATE_UP, _GATE_UP_PARTS)
   return model
 
 
@@ -45,6 +49,9 @@ def unfuse(model: Decoder) -> Decoder:
   for layer in model.layers:
     _unfuse(layer.attention, _QKV, _QKV_PARTS, (config.num_heads * config.head_dim, kv_features, kv_features))
     mlp = _mlp(layer)
+    if hasattr(mlp, "swiglu"):
+      mlp.gate_proj, mlp.up_proj = mlp.swiglu.apart()
+      del mlp.swiglu
     _unfuse(mlp, _GATE_UP, _GATE_UP_PARTS, (mlp.down_proj.in_features,) * 2)
   return model
 
@@ -54,8 +61,22 @@ def _mlp(layer: DecoderLayer) -> MLP:
   return layer.mlp.experts if isinstance(layer.mlp, MoE) else layer.mlp
 
 
+def _fuse_swiglu(mlp: MLP) -> None:
+  """One layer of gate and up that gates its result, where they are quantized alike."""
+  parts = [getattr(mlp, part, None) for part in _GATE_UP_PARTS]
+  if not all(isinstance(part, QuantLinear) for part in parts) or not _alike(parts) or parts[0].out_features % 8:
+    return
+  try:
+    swiglu = QuantSwiGLU.of(*parts)
+  except ValueError:
+    return
+  for part in _GATE_UP_PARTS:
+    delattr(mlp, part)
+  mlp.swiglu = swiglu
+
+
 def _fuse(parent: nnx.Module, name: str, parts: Sequence[str]) -> None:
-  if hasattr(parent, name):
+  if not all(hasattr(parent, part) for part in parts):
     return
   layer = _side_by_side([getattr(parent, part) for part in parts])
   if layer is not None:
@@ -87,7 +108,7 @@ def _unfuse(parent: nnx.Module, name: str, parts: Sequence[str], sizes: Sequence
 def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
   """One layer whose outputs are those of the layers, one after the other; None where they do not fit together."""
   first = layers[0]
-  if len({(type(layer), layer.dtype, layer.bias is None) for layer in layers}) > 1:
+  if not _alike(layers):
     return None
   bias = None if first.bias is None else jnp.concatenate([layer.bias[...] for layer in layers], axis=-1)
   if isinstance(first, QuantLinear):
@@ -97,6 +118,10 @@ def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
       return None
     return QuantLinear.from_packed(packed, None if bias is None else nnx.Param(bias), dtype=first.dtype)
   return _linear(jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1), bias, first.dtype)
+
+
+def _alike(layers: Sequence[Any]) -> bool:
+  return len({(type(layer), layer.dtype, layer.bias is None) for layer in layers}) == 1
 
 
 def _linear(kernel: Array, bias: Array | None, dtype) -> nnx.Linear:

@@ -12,7 +12,7 @@ from marlin_jax.models.config import ModelConfig, MoEConfig
 class MLP(nnx.Module):
   """down(silu(gate(x)) * up(x)): SwiGLU, "GLU Variants Improve Transformer", section 2 (arXiv 2002.05202).
 
-  The projections gate and up are one, `gate_up_proj`, after `fuse`.
+  After `fuse` the projections gate and up are one: `gate_up_proj`, or `swiglu`, which does all but the last product.
   """
 
   def __init__(self, config: ModelConfig, intermediate_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -22,6 +22,8 @@ class MLP(nnx.Module):
     self.down_proj = nnx.Linear(intermediate_size, config.hidden_size, **options)
 
   def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    if hasattr(self, "swiglu"):
+      return self.down_proj(self.swiglu(x))
     if hasattr(self, "gate_up_proj"):
       gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
     else:

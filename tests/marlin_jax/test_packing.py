@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin_jax import QuantizedTensor, pack, pack24, unpack
-from marlin_jax.packing import concatenate, split, stack, unstack
+from marlin_jax.packing import concatenate, deinterleave, interleave, split, stack, unstack
 from pallas_kernels import qweight_shape
 from tests.pallas_kernels.problems import sparse24_codes
 
@@ -193,6 +193,28 @@ def test_stacks_are_concatenated_one_by_one(rng, widths, kind):
     assert_same(apart, part)
   with pytest.raises(ValueError, match=r"stack must be the same in all tensors, not \[\(3,\), \(2,\)\]"):
     concatenate([stacks[0], stack(parts[1][:2])])
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits", "zeros", "permutation", "2:4 sparse", "stack"])
+@pytest.mark.parametrize("n", [8, 72, 128])
+def test_interleaved_columns_take_turns_of_eight_and_come_apart_again(rng, n, kind):
+  options = dict(bits=8 if kind == "8 bits" else 4, zeros=kind == "zeros")
+  if kind == "2:4 sparse":
+    gate, up = (pack24(random_tensor24(rng, 128, n, 2)) for _ in range(2))
+  else:
+    gate, up = (pack(random_tensor(rng, 128, n, 2, **options)) for _ in range(2))
+  if kind == "permutation":
+    order = jnp.asarray(rng.permutation(128), jnp.int32)
+    gate, up = (dataclasses.replace(tensor, permutation=order) for tensor in (gate, up))
+  if kind == "stack":
+    gate, up = stack([gate, up]), stack([up, gate])
+  both = interleave(gate, up)
+  parts = zip(*(unstack(tensor) for tensor in (both, gate, up)), strict=True)
+  for whole, *halves in ([unpack(tensor).dequantize() for tensor in part] for part in parts):
+    blocks = [np.asarray(half).reshape(128, -1, 8) for half in halves]
+    np.testing.assert_array_equal(whole, np.stack(blocks, axis=2).reshape(128, 2 * n))
+  for again, tensor in zip(deinterleave(both), (gate, up), strict=True):
+    assert_same(again, tensor)
 
 
 def test_what_does_not_belong_together_is_not_concatenated(rng):

@@ -26,7 +26,7 @@ SPARSE = ["reference of 2:4", "interpreted of 2:4", gpu("triton24"), gpu("hopper
 
 
 def runner(name: str):
-  """(x, codes, scales, zeros, bits, bias) -> y by one implementation.
+  """(x, codes, scales, zeros, bits, bias, gated) -> y by one implementation.
 
   `run.name` is its name, `run.prune` makes codes of such as it takes: of half of them zeros for what takes 2:4 sparse
   weights, of all codes themselves for the others.
@@ -37,9 +37,9 @@ def runner(name: str):
     "reference": dict(implementation="reference"),
     "interpreted": dict(implementation=kernel, interpret=True),
   }.get(name.removesuffix(" of 2:4"), dict(implementation=name.removesuffix(" of 2:4")))
-  jitted = jax.jit(functools.partial(matmul, **how))
+  jitted = jax.jit(functools.partial(matmul, **how), static_argnames="gated")
 
-  def run(x, codes, scales, zeros=None, bits=4, bias=None):
+  def run(x, codes, scales, zeros=None, bits=4, bias=None, gated=False):
     if name.startswith("hopper"):
       (m, k), (groups, n) = x.shape, scales.shape
       sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
@@ -49,8 +49,8 @@ def runner(name: str):
     if sparse:
       assert not layout24.surplus(codes).any()
       qweight, meta = layout24.pack_codes(codes)
-      return jitted(x, qweight, scales, meta=meta, bias=bias)
-    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, bias=bias)
+      return jitted(x, qweight, scales, meta=meta, bias=bias, gated=gated)
+    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, bias=bias, gated=gated)
 
   run.name = name
   run.prune = problems.prune24 if sparse else lambda codes: codes
@@ -221,6 +221,27 @@ def test_bias_is_added_to_the_sums_before_they_are_rounded(run, rng, m, n, group
   np.testing.assert_array_equal(run(x, codes, scales, bias=bias), once)
 
 
+@cases(
+  "run",
+  "m, k, n, dtype",
+  [(m, *kn, dtype) for m in (0, 1, 17, 64, 129) for kn in ((256, 128), (1024, 48), (2048, 1024)) for dtype in DTYPES],
+  [(0, 256, 128, BF16), (1, 1024, 48, F16), (17, 256, 128, BF16), (129, 256, 16, F16)],
+)
+def test_gated_columns_are_silu_of_the_gate_times_up(run, rng, m, k, n, dtype):
+  x, codes, scales = problems.random(rng, m, k, n, k // 128, dtype)
+  codes = run.prune(codes)
+  scales = scales / 4  # so that the gate is neither open nor shut everywhere
+  bias = jnp.asarray(rng.normal(size=n), dtype)
+  sums = problems.expected(x, codes, scales) + np.asarray(bias, np.float64)
+  gates, ups = np.moveaxis(sums.reshape(m, n // 16, 2, 8), 2, 0).reshape(2, m, n // 2)
+  want = gates / (1 + np.exp(-gates)) * ups
+  y = run(x, codes, scales, bias=bias, gated=True)
+  assert y.shape == (m, n // 2) and y.dtype == dtype
+  # Three roundings at the most: gate, up and y.
+  error, bound = np.linalg.norm(np.asarray(y, np.float64) - want, axis=0), 3 * 2.0 ** (-8 if dtype == BF16 else -11)
+  assert (error <= bound * np.linalg.norm(want, axis=0)).all()
+
+
 @pytest.mark.parametrize("m", [8, 40])
 def test_rows_do_not_see_each_other_not_even_nan_and_inf(run, rng, m):
   x, codes, scales = problems.random(rng, m, 256, 128, 2, BF16)
@@ -300,6 +321,10 @@ def test_the_kernel_is_in_the_program_and_the_reference_is_not(lower_for_h200):
     (dict(qweight=jnp.zeros((1, 2, 32, 32), jnp.int16)), r"qweight.shape=\(1, 2, 32, 32\) must be \(2, 4, 32, 32\)"),
     (dict(scales=jnp.ones((3, 128), BF16)), "3 groups, which must divide k=256"),
     (dict(qweight=jnp.zeros((2, 2, 64, 32), jnp.int16)), r"\(2, 2, 64, 32\) must be \(2, 4, 64, 32\)"),
+    (
+      dict(qweight=jnp.zeros((1, 4, 32, 32), jnp.int16), scales=jnp.ones((2, 24), BF16), gated=True),
+      "n=24 must be a mul",
+    ),
     (dict(implementation="cutlass"), "implementation='cutlass' must be one of"),
   ],
 )

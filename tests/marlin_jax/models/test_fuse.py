@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from flax import nnx
 
 from marlin_jax import QuantLinear, quantize
 from marlin_jax.models import Decoder, ModelConfig, fuse, unfuse
+from marlin_jax.models.swiglu import QuantSwiGLU
 from marlin_jax.quantized import QuantSpec
 
 CONFIG = ModelConfig(
@@ -40,8 +43,7 @@ def test_a_fused_model_computes_the_same(model, bits, sparse24):
   expected = forward(model)
   assert fuse(fuse(model)) is model
   names = {path[-1] for path, child in nnx.iter_modules(model) if isinstance(child, nnx.Linear | QuantLinear)}
-  assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
-  assert isinstance(model.layers[0].mlp.gate_up_proj, QuantLinear if bits else nnx.Linear)
+  assert names == {"qkv_proj", "o_proj", "swiglu" if bits else "gate_up_proj", "down_proj", "lm_head"}
   np.testing.assert_allclose(forward(model), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -54,7 +56,7 @@ def test_layers_that_do_not_fit_together_stay_apart(model):
   )
   expected = forward(model)
   fuse(model)
-  assert not hasattr(attention, "qkv_proj") and not hasattr(mlp, "gate_up_proj")
+  assert not hasattr(attention, "qkv_proj") and not hasattr(mlp, "gate_up_proj") and not hasattr(mlp, "swiglu")
   np.testing.assert_array_equal(forward(model), expected)
 
 
@@ -71,4 +73,29 @@ def test_weights_with_and_without_zero_points_stay_apart(model):
   mlp = model.layers[0].mlp
   mlp.gate_proj = QuantLinear.from_linear(mlp.gate_proj, QuantSpec(group_size=32))
   mlp.up_proj = QuantLinear.from_linear(mlp.up_proj, QuantSpec(group_size=32, symmetric=False))
-  assert not hasattr(fuse(model).layers[0].mlp, "gate_up_proj")
+  fuse(model)
+  assert hasattr(mlp, "gate_proj") and not hasattr(mlp, "gate_up_proj") and not hasattr(mlp, "swiglu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_width_that_blocks_of_eight_do_not_divide_is_fused_without_the_gate(bits):
+  config = dataclasses.replace(CONFIG, intermediate_size=60)
+  model = Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  quantize(model, bits=bits, group_size=None, progress=False)
+  expected = forward(model)
+  mlp = fuse(model).layers[0].mlp
+  assert hasattr(mlp, "gate_up_proj") and not hasattr(mlp, "swiglu")
+  np.testing.assert_allclose(forward(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_of_gate_and_up_are_gated_with_them(model, rng):
+  def layer(seed):
+    linear = nnx.Linear(64, 48, param_dtype=jnp.float32, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(seed))
+    return QuantLinear.from_linear(linear, QuantSpec(group_size=32))
+
+  gate, up = layer(0), layer(1)
+  x = jnp.asarray(rng.normal(size=(2, 3, 64)), jnp.float32)
+  swiglu = QuantSwiGLU.of(gate, up)
+  np.testing.assert_allclose(swiglu(x), jax.nn.silu(gate(x)) * up(x), rtol=1e-5, atol=1e-5)
+  for part, again in zip((gate, up), swiglu.apart(), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(part), nnx.state(again))

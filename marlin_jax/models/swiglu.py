@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate and up projections of a gated MLP as one quantized product that gates its own result."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from marlin_jax.nnx import QuantLinear
+from marlin_jax.ops import quant_matmul
+from marlin_jax.packing import deinterleave, interleave
+from pallas_kernels import layout
+
+
+class QuantSwiGLU(QuantLinear):
+  """y = silu(x @ gate) * (x @ up), as one layer of the interleaved columns of both; a kernel gates its float32 sums.
+
+  Made by `fuse`. `out_features` counts the columns of the product, twice those of the result.
+  """
+
+  @classmethod
+  def of(cls, gate: QuantLinear, up: QuantLinear) -> "QuantSwiGLU":
+    """The layer of two projections of the same input.
+
+    Raises:
+      ValueError: their weights cannot stand in one matrix (`packing.interleave`).
+    """
+    bias = None
+    if gate.bias is not None and up.bias is not None:
+      both = jnp.concatenate([gate.bias[...], up.bias[...]], axis=-1)
+      bias = nnx.Param(both[..., layout.gated_order(both.shape[-1])])
+    return cls.from_packed(interleave(gate.packed, up.packed), bias, dtype=gate.dtype)
+
+  def apart(self) -> tuple[QuantLinear, QuantLinear]:
+    """The gate and the up projection that it was made of."""
+    weights = deinterleave(self.packed)
+    biases = (None, None)
+    if self.bias is not None:
+      both = jnp.zeros_like(self.bias[...]).at[..., layout.gated_order(self.out_features)].set(self.bias[...])
+      biases = tuple(nnx.Param(half) for half in jnp.split(both, 2, axis=-1))
+    gate, up = (
+      QuantLinear.from_packed(weight, bias, dtype=self.dtype) for weight, bias in zip(weights, biases, strict=True)
+    )
+    return gate, up
+
+  def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch half_N"]:
+    """silu(x @ gate) * (x @ up) with the biases, if there are any; see `marlin_jax.quant_matmul` for the errors."""
+    x = x if self.dtype is None else x.astype(self.dtype)
+    return quant_matmul(x, self.packed, None if self.bias is None else self.bias[...], gated=True)
