@@ -24,8 +24,8 @@ tile's codes, rows 32..63 the low ones, each packed as above. code - 128 = 16 (h
 fp16: a kernel decodes 8 bits with its 4-bit decoder, twice, and one fused multiply-add. `qweight.shape[2] // 8` is the
 number of bits.
 
-Gated columns, of a layer that computes silu(x @ gate) * (x @ up), are eight of gate and eight of up in turns: rows n and
-n + 8 of a fragment, so that a thread has the sums of both.
+Gated columns, of a layer that computes silu(x @ gate) * (x @ up), are eight of gate and eight of up in turns: rows n
+and n + 8 of a fragment, so that a thread has the sums of both.
 
 N is padded to a multiple of 64 and K to one of 128 with codes that stand for zero without zero points, once, at packing
 time; the logical sizes are those of `scales` and `x`.

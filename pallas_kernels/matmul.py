@@ -82,8 +82,8 @@ def matmul(
     meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros. Where a weight is
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     bias: added to the sums; any float dtype.
-    gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. The Triton
-      kernels round gate and up to x's dtype before.
+    gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. The
+      Triton kernels round gate and up to x's dtype before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table by `marlin-jax tune`, looked up before the shipped one; None takes the one that the

@@ -23,9 +23,9 @@ _GATE_UP, _GATE_UP_PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 def fuse(model: Decoder) -> Decoder:
   """Makes one layer of the query, key and value projections and one of gate and up, in place, for inference.
 
-  Float or quantized, the columns stay the same; of a quantized gate and up they are interleaved, and the layer gates its
-  result itself. Where the parts cannot stand in one matrix (they differ in bits, group
-  size, zero points or act-order, or are not all quantized) they stay apart. `unfuse` takes it back.
+  Float or quantized, the columns stay the same; those of a quantized gate and up are interleaved, and the layer gates
+  its result itself. Where the parts cannot stand in one matrix (they differ in bits, group size, zero points or
+  act-order, or are not all quantized) they stay apart. `unfuse` takes it back.
 
   Returns:
     The model.
