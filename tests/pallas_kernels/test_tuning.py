@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import MatmulProblem, choose_implementation, heuristics, layout, matmul, tuning
+from pallas_kernels import MatmulProblem, choose_implementation, heuristics, layout, layout24, matmul, tuning
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import HopperConfig
-from pallas_kernels.hopper_matmul import matmul_hopper
-from pallas_kernels.triton_matmul import TritonConfig, matmul_triton
+from pallas_kernels.triton_matmul import TritonConfig
 
 BF16 = jnp.dtype(jnp.bfloat16)
 H200 = Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
@@ -195,10 +194,20 @@ def test_a_device_without_a_table_is_named_once(shipped, caplog):
   assert "NVIDIA L4" in record.getMessage() and "marlin-jax tune" in record.getMessage()
 
 
-def shapes_of(row: tuning.TunedRow) -> list[jax.ShapeDtypeStruct]:
-  scales = jax.ShapeDtypeStruct((row.k // row.group_size, row.n), row.dtype)
-  qweight = jax.ShapeDtypeStruct(layout.qweight_shape(row.k, row.n, row.bits), jnp.int16)
-  return [jax.ShapeDtypeStruct((row.m, row.k), row.dtype), qweight, scales, *([scales] if row.zeros else [])]
+def shapes_of(row: tuning.TunedRow) -> list[jax.ShapeDtypeStruct | None]:
+  """Of x, qweight, scales, zeros and meta."""
+  shape = jax.ShapeDtypeStruct
+  x, scales = shape((row.m, row.k), row.dtype), shape((row.k // row.group_size, row.n), row.dtype)
+  if row.sparse24:
+    words = [shape(of(row.k, row.n), jnp.int16) for of in (layout24.qweight_shape, layout24.meta_shape)]
+    return [x, words[0], scales, None, words[1]]
+  return [
+    x,
+    shape(layout.qweight_shape(row.k, row.n, row.bits), jnp.int16),
+    scales,
+    scales if row.zeros else None,
+    None,
+  ]
 
 
 def test_sparse_weights_have_rows_of_their_own(shipped, write):
@@ -231,21 +240,21 @@ def test_every_shipped_table_parses_and_its_rows_are_found():
 def kernels_of(path) -> list[tuning.TunedRow]:
   """A row of each kernel in a table: sizes are in the launch, and for one config and kind of group the body is one."""
   rows = tuning.load_table(path).rows
-  return list(
-    {
-      (row.config, row.group_size, row.group_size == row.k, row.dtype, row.bits, row.zeros): row for row in rows
-    }.values()
-  )
+
+  def kernel(row: tuning.TunedRow) -> tuple:
+    return row.config, row.group_size, row.group_size == row.k, row.dtype, row.bits, row.zeros, row.sparse24
+
+  return list({kernel(row): row for row in rows}.values())
 
 
 @pytest.mark.parametrize(
   "row",
-  [row for path in sorted(tuning.SHIPPED.glob("*h200.json")) for row in kernels_of(path)] or [ROW],
-  ids=lambda row: f"{row.implementation}-{row.k}x{row.n}-{row.m}",
+  [row for path in sorted(tuning.SHIPPED.glob("*h200.json")) for row in kernels_of(path)],
+  ids=lambda row: f"{row.implementation}-{row.k}x{row.n}-{row.m}{'-sparse24' * row.sparse24}",
 )
 def test_every_shipped_kernel_lowers_for_an_h200(lower_for_h200, row):
   if row.implementation == "hopper" and jax.__version_info__ < (0, 11):
     pytest.skip("the kernel needs JAX 0.11")
-  run = {"hopper": matmul_hopper, "triton": matmul_triton}[row.implementation]
-  text = lower_for_h200(functools.partial(run, config=row.config), *shapes_of(row))
-  assert {"hopper": "wgmma.mma_async", "triton": "w4a16_triton"}[row.implementation] in text
+  text = lower_for_h200(functools.partial(matmul, implementation=row.implementation), *shapes_of(row))
+  mma = "wgmma.mma_async.sp" if row.sparse24 else "wgmma.mma_async.sync"
+  assert {"hopper": mma, "triton": "w4a16_triton"}[row.implementation] in text
