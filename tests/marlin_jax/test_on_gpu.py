@@ -30,9 +30,9 @@ def model():
   return model
 
 
-def matmul_by_reference(*args, implementation):
+def matmul_by_reference(*args, **options):
   """In the place of `ops.matmul`, which is always told an implementation, if only None: that must not win."""
-  return matmul(*args, implementation="reference")
+  return matmul(*args, **options | {"implementation": "reference"})
 
 
 @pytest.fixture
