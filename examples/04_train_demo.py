@@ -35,6 +35,7 @@ from marlin_jax.demo.corpus import END_OF_TEXT, Corpus, build_corpus
 from marlin_jax.generation.scoring import perplexity
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.huggingface_config import config_to_hf
 from marlin_jax.text import generate
 
 SHARD_BYTES = 8 * 2**20  # small enough for any file store that git talks to
@@ -236,7 +237,7 @@ def write_checkpoint(model: Decoder, corpus: Corpus, facts: dict[str, Any], outp
       # A dense kernel is [in, out] in Flax and [out, in] in the file.
       shards.add(tensor_name(path), array.T if path[-1] == "kernel" else array)
     shards.close()
-    write_json(folder / "config.json", model.config.to_hf() | {"dtype": "bfloat16"})
+    write_json(folder / "config.json", config_to_hf(model.config) | {"dtype": "bfloat16"})
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0})
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     (folder / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")

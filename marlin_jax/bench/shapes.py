@@ -16,6 +16,7 @@ from marlin_jax.convert import keep_head_and_routers
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import fuse
+from marlin_jax.models.huggingface_config import config_from_hf
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.quantized import QuantSpec
 
@@ -74,7 +75,7 @@ def read_shape(name: str) -> ModelConfig:
   path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
   if not path.is_file():
     raise ValueError(f"{name!r} is neither a config.json nor one of {', '.join(SHAPES)}")
-  return ModelConfig.from_hf(read_json(path))
+  return config_from_hf(read_json(path))
 
 
 def abstract_model(config: ModelConfig, spec: QuantSpec | None, *, quantize_head: bool = False) -> Decoder:

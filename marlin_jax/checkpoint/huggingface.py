@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from marlin_jax.checkpoint.folder import CheckpointError, read_json
 from marlin_jax.checkpoint.layers import QuantizedLayers, read_float
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
-from marlin_jax.models.config import ModelConfig, read_eos
+from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.huggingface_config import config_from_hf, read_eos
 from marlin_jax.nnx import QuantLinear, QuantParam
 from marlin_jax.packing import stack
 
@@ -46,7 +47,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
   # Chat models end a turn with tokens that only generation_config.json lists.
   generation = read_json(generation_file) if generation_file.exists() else {}
   try:
-    config = ModelConfig.from_hf(hf)
+    config = config_from_hf(hf)
     return hf, dataclasses.replace(config, eos_token_ids=read_eos(generation) or config.eos_token_ids)
   except ValueError as error:
     raise CheckpointError(f"{file}: {error}") from None

@@ -56,6 +56,7 @@ from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.convert import Path, keep_head_and_routers
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.models.fuse import unfuse
+from marlin_jax.models.huggingface_config import config_to_hf
 from marlin_jax.nnx import QuantLinear, QuantParam, quantize_and_pack
 from marlin_jax.packing import unpack, unstack
 from marlin_jax.quantized import Packed, PackedTensor, QuantSpec, SparsePackedTensor, arrays_of
@@ -209,7 +210,7 @@ def save_model(
   if format not in _ENCODERS:
     raise ValueError(f"{format=} must be one of {', '.join(_ENCODERS)}")
   model = unfuse(nnx.merge(*nnx.split(model)))  # of a copy: the caller's stays fused
-  config = model.config.to_hf() | {"dtype": model.dtype.name}
+  config = config_to_hf(model.config) | {"dtype": model.dtype.name}
   packed = [(p, layer.packed) for p, layer in nnx.iter_modules(model) if isinstance(layer, QuantLinear)]
   quantized = {name: w for path, w in packed for name in tensor_names(path, w.scales)}
   if quantized:

@@ -12,6 +12,7 @@ from marlin_jax import QuantLinear
 from marlin_jax.bench.model import bench_model, step_floor
 from marlin_jax.bench.profile import kernel_class, summarize
 from marlin_jax.bench.shapes import SHAPES, abstract_model, nbytes, random_model, read_shape
+from marlin_jax.models import config_to_hf
 from marlin_jax.quantized import QuantSpec
 from tests.marlin_jax.bench.small_model import SMALL
 from tests.marlin_jax.small_moe import SMALL_MOE
@@ -42,7 +43,7 @@ def test_a_mixture_of_experts_is_refused():
 
 def test_a_shape_is_read_from_a_config(tmp_path):
   path = tmp_path / "config.json"
-  path.write_text(json.dumps(SMALL.to_hf()))
+  path.write_text(json.dumps(config_to_hf(SMALL)))
   assert read_shape(str(path)) == read_shape(str(tmp_path)) == SMALL
   with pytest.raises(ValueError, match="neither a config"):
     read_shape("no-such-model")
