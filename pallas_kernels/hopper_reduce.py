@@ -24,8 +24,8 @@ from pallas_kernels.hopper_fragments import asm, asm_void
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
 PITCH = {2: layout.TILE + 8, 4: layout.TILE + 4}
-# Of shared memory alone (PTX ISA 8.6). `fence.acq_rel.cluster` orders device memory as well: MEMBAR.ALL.GPU and an
-# invalidated L1, twice a program.
+# Of shared memory alone (PTX ISA 8.6, CUDA 12.7). `fence.acq_rel.cluster` orders device memory as well: MEMBAR.ALL.GPU
+# and an invalidated L1, twice a program.
 _RELEASE = "fence.release.sync_restrict::shared::cta.cluster;"
 _ACQUIRE = "fence.acquire.sync_restrict::shared::cluster.cluster;"
 
