@@ -22,11 +22,13 @@ def _kernel(x_ref, delta_ref, scale_ref, sum_ref, y_ref, *, epsilon):
   def load(index):
     return plt.load(index, mask=mask, other=fill)
 
+  # First of all: it comes from memory, and after the sum over the row its latency would be waited for once more.
+  scale = load(scale_ref.at[pl.ds(0, width)]).astype(jnp.float32)
   total = load(x_ref.at[row, pl.ds(0, width)]) + load(delta_ref.at[row, pl.ds(0, width)])
   plt.store(sum_ref.at[row, pl.ds(0, width)], total, mask=mask)
   total = total.astype(jnp.float32)
   mean_square = jnp.sum(total * total) / features
-  y = total * (lax.rsqrt(mean_square + epsilon) * load(scale_ref.at[pl.ds(0, width)]).astype(jnp.float32))
+  y = total * (lax.rsqrt(mean_square + epsilon) * scale)
   plt.store(y_ref.at[row, pl.ds(0, width)], y.astype(y_ref.dtype), mask=mask)
 
 
