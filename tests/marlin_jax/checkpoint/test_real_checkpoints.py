@@ -131,6 +131,11 @@ def test_sparse_floats_are_the_tools_own_weights_logits_and_tokens():
   assert_recorded(model, folder)
 
 
+def test_logits_and_greedy_tokens_with_a_key_head_for_every_query_head_are_the_recorded_ones():
+  folder = folder_of("llama-mha-bf16")
+  assert_recorded(load_model(folder, dtype=jnp.float32), folder, "logits_fp32.npz")
+
+
 def test_logits_and_greedy_tokens_of_a_mixture_of_experts_are_the_recorded_ones():
   folder = folder_of("qwen3moe-bf16")
   model = load_model(folder, dtype=jnp.float32)
