@@ -4,7 +4,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -31,6 +31,9 @@ class Tokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # the library raises plain Exception
       raise ValueError(f"tokenizer.json is not a tokenizer that the tokenizers library reads: {error}") from None
+    # A file may say how its last user cut and filled batches; a prompt is neither cut nor filled.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
     added = self._tokenizer.get_added_tokens_decoder()
     self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
     self._added_ids = frozenset(added)
@@ -65,6 +68,10 @@ class Tokenizer:
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of `text`, with what the tokenizer's template puts around it (usually a beginning-of-text token)."""
     return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text as `encode` gives them, by as many threads as there are processors."""
+    return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids` without special tokens; bytes that form no character become U+FFFD."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from marlin_jax.tokenizer import Tokenizer
 
 _SHORTEST = 16
+_BATCH = 256  # texts that are tokenized at a time
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
@@ -46,10 +47,10 @@ def calibration_sequences(
     raise ValueError(f"{count=} must be at least 1")
   if length < _SHORTEST:
     raise ValueError(f"{length=} must be at least {_SHORTEST}")
-  windows = []
-  for text in texts:
-    ids = tokenizer.encode(text)
-    windows += [ids[start : start + length] for start in range(0, len(ids), length)]
+  texts, windows = list(texts), []
+  for first in range(0, len(texts), _BATCH):
+    for ids in tokenizer.encode_batch(texts[first : first + _BATCH]):
+      windows += [ids[start : start + length] for start in range(0, len(ids), length)]
   windows = [window for window in windows if len(window) >= _SHORTEST]
   if not windows:
     raise ValueError(f"texts hold no window of {_SHORTEST} tokens to calibrate on")

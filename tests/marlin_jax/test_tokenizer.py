@@ -36,6 +36,25 @@ def test_recorded_cases(case):
   assert BYTE_LEVEL.decode(case["ids"]) == case["decoded_skip_special"]
 
 
+def test_nothing_is_cut_or_filled_though_the_file_says_so():
+  raw = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+  raw.enable_truncation(4)
+  raw.enable_padding(length=16)
+  tokenizer = Tokenizer({"tokenizer.json": raw.to_str()})
+  texts = ["a", "def main():\n  return 1\n"]
+  assert raw.encode(texts[0]).ids != BYTE_LEVEL.encode(texts[0])
+  assert raw.encode(texts[1]).ids != BYTE_LEVEL.encode(texts[1])
+  assert [tokenizer.encode(text) for text in texts] == [BYTE_LEVEL.encode(text) for text in texts]
+  assert tokenizer.encode_batch(texts) == [BYTE_LEVEL.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, WITH_BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
+def test_a_batch_has_the_ids_of_each_text(tokenizer):
+  texts = [case["text"] for case in CASES] + ["", "a b " * 50]
+  assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+  assert tokenizer.encode_batch([]) == []
+
+
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, WITH_BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
 @given(data=st.data())
 def test_streamed_pieces_join_to_the_whole_text(tokenizer, data):
