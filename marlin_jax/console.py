@@ -11,7 +11,7 @@ from flax import nnx
 
 from marlin_jax.checkpoint.folder import find_folder
 from marlin_jax.checkpoint.huggingface import read_config
-from marlin_jax.checkpoint.native import quantized_layers
+from marlin_jax.checkpoint.quantized_layers import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.generation.loop import generate_tokens

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from marlin_jax.calibration import Awq, Gptq, Wanda, quantize_calibrated
 from marlin_jax.calibration.text import calibration_sequences
 from marlin_jax.checkpoint import load_model, quantize_tensors, save_model
-from marlin_jax.checkpoint.native import Format
+from marlin_jax.checkpoint.save import Format
 from marlin_jax.convert import Path, Report, convert, keep_head_and_routers
 from marlin_jax.models.decoder import Decoder
 from marlin_jax.quantized import QuantSpec

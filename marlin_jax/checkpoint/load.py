@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from marlin_jax.checkpoint.folder import find_folder
 from marlin_jax.checkpoint.huggingface import abstract_decoder, fill, read_config
-from marlin_jax.checkpoint.native import quantized_layers
+from marlin_jax.checkpoint.quantized_layers import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.checkpoint.sparse24_bitmask import decompressed
 from marlin_jax.models.decoder import Decoder

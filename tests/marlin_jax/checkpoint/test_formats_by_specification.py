@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from marlin_jax.checkpoint import CheckpointError, compressed_tensors, load_model
-from marlin_jax.checkpoint.native import quantized_layers
+from marlin_jax.checkpoint.quantized_layers import quantized_layers
 from marlin_jax.checkpoint.safetensors_files import Checkpoint
 from marlin_jax.packing import unpack
 from marlin_jax.quantized import QuantizedTensor, QuantSpec

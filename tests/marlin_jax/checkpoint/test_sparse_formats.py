@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from marlin_jax import SparsePackedTensor, unpack
 from marlin_jax.checkpoint import CheckpointError, load_model, marlin24, open_checkpoint, quantize_tensors
-from marlin_jax.checkpoint.native import quantized_layers
+from marlin_jax.checkpoint.quantized_layers import quantized_layers
 from marlin_jax.quantized import PackedTensor, QuantSpec
 from pallas_kernels import layout24
 from pallas_kernels.layout import zero_code
