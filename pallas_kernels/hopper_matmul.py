@@ -169,10 +169,10 @@ def _kernel(*refs, config, problem, biased, gated, k_tiles):
         values = bias_gmem.at[pl.ds(first_column, layout.TILE)]
         return plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
 
-      def no():
+      def nothing():
         return plgpu.layout_cast(jnp.zeros(layout.TILE, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
-      return columns(lax.cond(share == 0, load, no) if c.reduces else load(), shape)
+      return columns(lax.cond(share == 0, load, nothing) if c.reduces else load(), shape)
 
     def multiply(stage, acc, w, following):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""

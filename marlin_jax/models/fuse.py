@@ -62,9 +62,9 @@ def _mlp(layer: DecoderLayer) -> MLP:
 
 
 def _fuse_swiglu(mlp: MLP) -> None:
-  """One layer of gate and up that gates its result, where they are quantized alike."""
+  """One layer of gate and up that gates its result, where they are quantized alike and eights divide their width."""
   parts = [getattr(mlp, part, None) for part in _GATE_UP_PARTS]
-  if not all(isinstance(part, QuantLinear) for part in parts) or not _alike(parts) or parts[0].out_features % 8:
+  if not all(isinstance(part, QuantLinear) for part in parts):
     return
   try:
     swiglu = QuantSwiGLU.of(*parts)
@@ -108,7 +108,7 @@ def _unfuse(parent: nnx.Module, name: str, parts: Sequence[str], sizes: Sequence
 def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
   """One layer whose outputs are those of the layers, one after the other; None where they do not fit together."""
   first = layers[0]
-  if not _alike(layers):
+  if len({(type(layer), layer.dtype, layer.bias is None) for layer in layers}) > 1:
     return None
   bias = None if first.bias is None else jnp.concatenate([layer.bias[...] for layer in layers], axis=-1)
   if isinstance(first, QuantLinear):
@@ -118,10 +118,6 @@ def _side_by_side(layers: Sequence[Any]) -> nnx.Linear | QuantLinear | None:
       return None
     return QuantLinear.from_packed(packed, None if bias is None else nnx.Param(bias), dtype=first.dtype)
   return _linear(jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1), bias, first.dtype)
-
-
-def _alike(layers: Sequence[Any]) -> bool:
-  return len({(type(layer), layer.dtype, layer.bias is None) for layer in layers}) == 1
 
 
 def _linear(kernel: Array, bias: Array | None, dtype) -> nnx.Linear:

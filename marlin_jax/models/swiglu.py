@@ -22,10 +22,13 @@ class QuantSwiGLU(QuantLinear):
     """The layer of two projections of the same input.
 
     Raises:
-      ValueError: their weights cannot stand in one matrix (`packing.interleave`).
+      ValueError: one of them has a bias, they differ in dtype, or their weights cannot stand in one matrix
+        (`packing.interleave`).
     """
+    if (gate.bias is None) != (up.bias is None) or gate.dtype != up.dtype:
+      raise ValueError("gate and up must both have a bias or neither, and be of one dtype")
     bias = None
-    if gate.bias is not None and up.bias is not None:
+    if gate.bias is not None:
       both = jnp.concatenate([gate.bias[...], up.bias[...]], axis=-1)
       bias = nnx.Param(both[..., layout.gated_order(both.shape[-1])])
     return cls.from_packed(interleave(gate.packed, up.packed), bias, dtype=gate.dtype)

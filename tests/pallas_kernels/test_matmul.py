@@ -243,7 +243,7 @@ def test_gated_columns_are_silu_of_the_gate_times_up(run, rng, m, k, n, dtype):
   changes = np.abs(gates * open_by * (1 + gates * (1 - open_by)) * ups) + 2 * np.abs(want)
   rounding = 2.0 ** (-8 if dtype == BF16 else -11) * (2 if weight_dtype(run.name, m, 128, dtype) == dtype else 1)
   error, bound = (np.linalg.norm(a, axis=0) for a in (np.asarray(y, np.float64) - want, rounding * changes))
-  assert (error <= bound + 1e-6).all()
+  assert (error <= bound + 1e-6).all()  # of order 1, a float32 sum of K terms is off by some sqrt(K) 2^-24
 
 
 @pytest.mark.parametrize("m", [8, 40])

@@ -99,3 +99,6 @@ def test_biases_of_gate_and_up_are_gated_with_them(model, rng):
   np.testing.assert_allclose(swiglu(x), jax.nn.silu(gate(x)) * up(x), rtol=1e-5, atol=1e-5)
   for part, again in zip((gate, up), swiglu.apart(), strict=True):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(part), nnx.state(again))
+  up.bias = nnx.data(None)
+  with pytest.raises(ValueError, match="must both have a bias or neither"):
+    QuantSwiGLU.of(gate, up)
