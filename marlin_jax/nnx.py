@@ -123,7 +123,18 @@ class QuantLinear(nnx.Module):
     arrays = {name: variable[...] for name, variable in fields.items() if variable is not None}
     return packed_of(self.in_features, arrays)
 
-  def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
-    """y = x @ w + bias; see `marlin_jax.quant_matmul` for the errors."""
+  def __call__(
+    self,
+    x: Float[Array, "*batch K"],
+    *,
+    norm: nnx.RMSNorm | None = None,
+    residual: Float[Array, "*batch N"] | None = None,
+  ) -> Float[Array, "*batch N"]:
+    """y = norm(x) @ w + bias + residual, of which a kernel may do all; see `marlin_jax.quant_matmul` for the errors."""
+    return self._multiply(x, norm, residual)
+
+  def _multiply(self, x: Array, norm: nnx.RMSNorm | None, residual: Array | None, *, gated: bool = False) -> Array:
     x = x if self.dtype is None else x.astype(self.dtype)
-    return quant_matmul(x, self.packed, None if self.bias is None else self.bias[...])
+    bias = None if self.bias is None else self.bias[...]
+    before = None if norm is None else (norm.scale[...], norm.epsilon)
+    return quant_matmul(x, self.packed, bias, residual, norm=before, gated=gated)

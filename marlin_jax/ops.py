@@ -14,11 +14,13 @@ def quant_matmul(
   x: Float[Array, "*batch K"],
   w: Packed,
   bias: Float[Array, " N"] | None = None,
+  residual: Float[Array, "*batch N_out"] | None = None,
   *,
+  norm: tuple[Float[Array, " K"], float] | None = None,
   gated: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "*batch N_out"]:
-  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n], summed in float32 and rounded once, to x's dtype.
+  """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] + residual[..., n], summed in float32, rounded to x's dtype.
 
   For inference: there is no gradient rule, differentiating it raises.
 
@@ -26,6 +28,8 @@ def quant_matmul(
     x: bfloat16 or float16 (float32 too on the CPU); any number of leading dimensions, of any size.
     w: the packed weight, dense or 2:4 sparse. With a permutation, x is gathered before the product.
     bias: any float dtype.
+    residual: added last, in x's dtype.
+    norm: (scale, epsilon) of a norm that x goes through first; see `pallas_kernels.matmul`.
     gated: w is of `packing.interleave(gate, up)`, and y is silu(gate) * up of N / 2 columns.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
@@ -40,6 +44,11 @@ def quant_matmul(
   *batch, k = x.shape
   if w.permutation is not None:
     x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
-  x = x.reshape(math.prod(batch), k)
-  y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, gated=gated, implementation=implementation)
+    if norm is not None:  # the mean of the squares is that of the features in any order
+      norm = jnp.take(norm[0], w.permutation, unique_indices=True, mode="clip"), norm[1]
+  rows = math.prod(batch)
+  x = x.reshape(rows, k)
+  residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
+  options = dict(norm=norm, gated=gated, implementation=implementation)
+  y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, residual, **options)
   return y.reshape(*batch, y.shape[1])

@@ -133,7 +133,7 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
     for split_k in (1, 2, 4):
       if k // (split_k * warpgroups_k) < _SHORTEST_RUN and split_k * warpgroups_k > 1:
         continue
-      # Clusters of four do not fill the chip: 32 of them take two turns on an H200.
+      # Clusters of four do not fill the chip, nor do clusters of three: 32 and 40 of them take two turns on an H200.
       waves = -(-blocks * split_k // (num_sms if split_k < 4 else num_sms * 2 // 3))
       bits = 3 if problem.sparse24 else problem.bits
       weights = layout.TILE * warpgroups_n * -(-k // split_k) * bits // 8
@@ -195,17 +195,10 @@ def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
 
 def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
   """Whether the kernel takes `config` for `problem`."""
+  if isinstance(config, HopperConfig):
+    return config.unfit_reason(problem) is None
   group_size, block_k = problem.group_size, config.block_k
   _, n = layout.padded_shape(problem.k, problem.n)
-  if isinstance(config, TritonConfig):
-    if n % config.block_n or (problem.sparse24 and block_k != layout24.K_TILE):
-      return False
-  elif (
-    config.num_stages > config.max_stages(problem)
-    or block_k < problem.tile_k * config.warpgroups_k * (1 + config.decode_ahead)
-    or (config.scale_weights and group_size < min(problem.tile_k, problem.k))
-  ):
+  if n % config.block_n or (problem.sparse24 and block_k != layout24.K_TILE):
     return False
-  if group_size == problem.k:
-    return True
-  return block_k % group_size == 0 or group_size % block_k == 0
+  return group_size == problem.k or block_k % group_size == 0 or group_size % block_k == 0

@@ -3,6 +3,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from pallas_kernels import layout
 from pallas_kernels.hardware import H200
 from pallas_kernels.hopper_reduce import PITCH
@@ -31,6 +33,7 @@ class HopperConfig:
       (its note C7513).
     sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
       weight. One more warpgroup adds up x.
+    normalize: scale the rows of x as a norm does, by one more warpgroup (hopper_norm.py); a program must see all of K.
     unroll: go once round the ring of stages in a turn of the loop, so that addresses are constants.
   """
 
@@ -43,6 +46,7 @@ class HopperConfig:
   scale_weights: bool = False
   decode_ahead: bool = True
   sum_zeros: bool = False
+  normalize: bool = False
   unroll: bool = False
 
   def __post_init__(self):
@@ -61,6 +65,8 @@ class HopperConfig:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
     if self.sum_zeros and self.scale_weights:
       raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
+    if self.normalize and (self.sum_zeros or self.split_k > 1 or self.block_k % 128):
+      raise ValueError(f"normalize must be False with sum_zeros, split_k or a block_k of 64, not {self}")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
     if self.block_k < least:
       raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
@@ -85,8 +91,13 @@ class HopperConfig:
 
   @property
   def warpgroups(self) -> int:
-    """Warpgroups that compute, the one that copies and the one that adds up x."""
-    return self.compute_warpgroups + 1 + self.sum_zeros
+    """Warpgroups that compute, the one that copies and the one that prepares x."""
+    return self.compute_warpgroups + 1 + self.prepares
+
+  @property
+  def prepares(self) -> bool:
+    """Whether a warpgroup does something with x before the others read it."""
+    return self.sum_zeros or self.normalize
 
   @property
   def reduces(self) -> bool:
@@ -117,6 +128,44 @@ class HopperConfig:
     """Rows of scales that a stage has."""
     return 1 if problem.group_size == problem.k else max(1, self.block_k // problem.group_size)
 
+  def group_size(self, problem: MatmulProblem) -> int:
+    """k that share a scale; a whole column has the same one in every step, however long the column is."""
+    return problem.group_size if problem.group_size < problem.k else self.block_k
+
+  def segment(self, problem: MatmulProblem) -> int:
+    """k of a step that one warpgroup sums before it scales."""
+    return min(self.group_size(problem), self.block_k // self.warpgroups_k)
+
+  def normalizing(self, problem: MatmulProblem) -> "HopperConfig | None":
+    """This config with a norm of x inside, as far as shared memory goes; None where it takes a kernel before this one.
+
+    That is with more rows, which every program would scale again, and where no program sees all of K. float16 would
+    overflow: x is scaled before it is divided.
+    """
+    if problem.m > 16 or problem.dtype != jnp.bfloat16 or self.split_k > 1 or self.block_k % 128:
+      return None
+    config = dataclasses.replace(self, num_stages=2, sum_zeros=False, normalize=True)
+    most = config.max_stages(problem)
+    return dataclasses.replace(config, num_stages=min(self.num_stages, most)) if most >= 2 else None
+
+  def unfit_reason(self, problem: MatmulProblem) -> str | None:
+    """Why the kernel cannot compute `problem` with this config; None if it can."""
+    group_size, tile_k, k = problem.group_size, problem.tile_k, problem.k
+    most = self.max_stages(problem)
+    if group_size < k and self.block_k % group_size and group_size % self.block_k:
+      return f"block_k={self.block_k} and group_size={group_size}: one must divide the other"
+    if self.sum_zeros and (not problem.zeros or problem.bits != 4 or group_size < min(layout.TILE, k)):
+      return f"sum_zeros needs zero points of 4 bits and groups of at least {layout.TILE}, not {problem}"
+    if self.scale_weights and group_size < min(tile_k, k):
+      return f"scale_weights needs groups of at least {tile_k}, not group_size={group_size}"
+    if self.block_k < tile_k * self.warpgroups_k * (1 + self.decode_ahead):
+      return f"{self} has too short a block_k for tiles of {tile_k} k"
+    if self.num_stages > most:
+      return f"{self} has shared memory for {most} stages of {problem}"
+    if -(-k // self.block_k) < self.split_k:
+      return f"split_k={self.split_k} must be at most the steps of block_k={self.block_k} in K={k}"
+    return None
+
   def max_stages(self, problem: MatmulProblem | None = None) -> int:
     """Stages that fit into shared memory beside the barriers and, of few rows, the output, with float32 scales.
 
@@ -130,6 +179,8 @@ class HopperConfig:
     stage = words + self.block_m * self.block_k * 2 + groups * self.block_n * group_bytes
     if self.sum_zeros:
       stage += self.block_k // layout.TILE * self.block_m * 4
+    if self.normalize:
+      stage += self.block_k * 2
     size = 4 if self.reduces else 2
     y = 0 if self.y_in_ring else self.compute_warpgroups * self.block_m * PITCH[size] * size
     return (H200.shared_memory - y - 2048) // stage

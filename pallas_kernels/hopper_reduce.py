@@ -67,14 +67,17 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
 
 
-def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: int, programs: int, gated: bool):
+def write_rows(
+  y_smem, y_gmem, residual_gmem, *, slot, share, first_row, first_column, slots: int, programs: int, gated: bool
+):
   """y_gmem[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
-  If gated, with half the columns: silu(gate) * up of the sums.
+  If gated, with half the columns: silu(gate) * up of the sums. A residual is added to that.
 
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
     y_gmem: [M, N] with N a multiple of 8; what lies beyond M and N is not written.
+    residual_gmem: [M, N] in y's dtype, or None.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
@@ -87,7 +90,7 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
   width = 16 if gated and reducing else 8  # columns of sums for these
   convert = f"cvt.rn.{'bf16x2' if y_gmem.dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
 
-  def write(ctx, y_ref, y_out, slot, share, first_row, first_column):
+  def write(ctx, y_ref, y_out, slot, share, first_row, first_column, residual=None):
     del ctx
     slot, share, first_row, first_column = (
       scalar.registers.item() for scalar in (slot, share, first_row, first_column)
@@ -98,7 +101,9 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
       asm_void(_ACQUIRE)
     local, place = (divide(_thread(), _i32(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
-    gmem = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(y_out))
+    gmem, residual_gmem = (
+      None if ref is None else llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (y_out, residual)
+    )
     n = arith.addi(first_column, arith.muli(place, _i32(8)))
 
     def address(slot, row):
@@ -117,6 +122,12 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
         values += asm([f32] * 4, [address(slot, row), _i32(program)], text, "=f,=f,=f,=f,r,r")
       return values
 
+    def pairs(words):
+      """The float32 values of words of two 16-bit floats."""
+      pair = ir.VectorType.get((2,), ir.MemRefType(y_out.type).element_type)
+      vectors = [mgpu.utils.bitcast(word, pair) for word in words]
+      return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
+
     for first in range(0, rows, rows_a_pass):
       mine = arith.addi(_i32(first), local)
       row = arith.addi(arith.muli(share, _i32(rows)), mine)
@@ -125,6 +136,11 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
         arith.andi(_less(mine, rows), _less(row, block_m)), arith.andi(_less(m, m_end), _less(n, n_end))
       )
       with mgpu.utils.when(inside):
+        element = arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
+        offset = arith.muli(element, mgpu.c(2, i64))
+        if residual is not None:  # first of all: it takes longest
+          there = arith.addi(residual_gmem, offset)
+          addends = asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
         if reducing:
           total = None
           for program in range(programs):
@@ -133,17 +149,21 @@ def write_rows(y_smem, y_gmem, *, slot, share, first_row, first_column, slots: i
               total = values if total is None else [arith.addf(a, b) for a, b in zip(total, values, strict=True)]
           if gated:
             total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
-          words = [asm([i32], [total[i + 1], total[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
         else:
           words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
-        element = arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
-        out = arith.addi(gmem, arith.muli(element, mgpu.c(2, i64)))
+          total = None if residual is None else pairs(words)
+        if residual is not None:
+          total = [arith.addf(a, b) for a, b in zip(total, pairs(addends), strict=True)]
+        if total is not None:
+          words = [asm([i32], [total[i + 1], total[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
+        out = arith.addi(gmem, offset)
         asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [out, *words], "l,r,r,r,r")
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
-  types = (plgpu.RefType(()), plgpu.RefType(())) + (plgpu.Layout.WG_SPLAT,) * 4
-  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, y_gmem, slot, share, first_row, first_column)
+  residual = () if residual_gmem is None else (residual_gmem,)
+  types = (plgpu.RefType(()),) * 2 + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(residual)
+  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, y_gmem, slot, share, first_row, first_column, *residual)
 
 
 def _silu_times(gate, up):

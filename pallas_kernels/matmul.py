@@ -16,6 +16,7 @@ from pallas_kernels import (
   triton_matmul24,
   tuning,
 )
+from pallas_kernels.add_norm import rms_norm
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
@@ -62,7 +63,9 @@ def matmul(
   zeros: Float[Array, "G N"] | None = None,
   meta: Int16[Array, "_ _ 32 16"] | None = None,
   bias: Float[Array, " N"] | None = None,
+  residual: Float[Array, "M N_out"] | None = None,
   *,
+  norm: tuple[Float[Array, " K"], float] | None = None,
   gated: bool = False,
   implementation: str | None = None,
   interpret: bool = False,
@@ -70,7 +73,8 @@ def matmul(
 ) -> Float[Array, "M N_out"]:
   """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) + bias[n].
 
-  All is summed in float32 and rounded once.
+  A residual may be added to it, and x be normalized before. All is summed in float32 and rounded once; the Triton
+  kernels round once more before they add the residual.
 
   Args:
     x: bfloat16, float16 or (reference only) float32; M may be 0.
@@ -82,6 +86,10 @@ def matmul(
     meta: the positions of the kept codes, from `layout24.pack_codes`; such a weight has no zeros. Where a weight is
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     bias: added to the sums; any float dtype.
+    residual: added last, to what is gated if that is asked for; in x's dtype.
+    norm: (scale, epsilon) of a root-mean-square norm that x goes through first: x / sqrt(mean(x^2) + epsilon) * scale,
+      rounded to x's dtype. The Hopper kernel normalizes bfloat16 of up to 16 rows itself, with x * scale rounded;
+      otherwise it is a kernel of its own.
     gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. The
       Triton kernels round gate and up to x's dtype before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
@@ -111,6 +119,10 @@ def matmul(
     raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
   if gated and n % 16:
     raise ValueError(f"n={n} must be a multiple of 16 for gated columns")
+  if residual is not None and (residual.shape, residual.dtype) != (shape := (m, n // (1 + gated)), x.dtype):
+    raise ValueError(f"residual is {residual.dtype} {residual.shape}, must be {x.dtype} {shape}")
+  if norm is not None and norm[0].shape != (k,):
+    raise ValueError(f"the norm's scale has shape {norm[0].shape}, must have {(k,)} for x {x.shape}")
   kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
@@ -123,17 +135,26 @@ def matmul(
   if m == 0:
     return jnp.zeros((0, n // (1 + gated)), x.dtype)
   if implementation == "reference":
-    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias, gated=gated)
+    x = x if norm is None else reference.rms_norm(x, *norm)
+    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias, residual, gated=gated)
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.HEURISTICS[implementation](problem, device.num_sms)
     if interpret
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
+  if norm is not None:
+    scale, epsilon = norm
+    inside = config.normalizing(problem) if implementation == "hopper" and scale.dtype == x.dtype else None
+    if inside is not None:
+      options = dict(epsilon=epsilon, gated=gated, config=inside)
+      return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, residual, scale, **options)
+    x = rms_norm(x, scale, epsilon=epsilon, interpret=interpret)
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, gated=gated, config=config)
+    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, residual, gated=gated, config=config)
   if implementation == "triton24":
     y = triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
   else:
     y = triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)
-  return reference.gate(y) if gated else y
+  y = reference.gate(y) if gated else y
+  return y if residual is None else y + residual

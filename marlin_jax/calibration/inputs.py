@@ -113,7 +113,7 @@ class _Tap:
 def _call(layer: Any, hidden: Array, config: ModelConfig) -> Array:
   positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
   x, delta, _ = layer(hidden, None, positions, rope_table(config, positions), None)
-  return x + delta
+  return x if delta is None else x + delta
 
 
 @partial(jax.jit, static_argnames=("structure", "config"))

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache
-from marlin_jax.models.layers import DecoderLayer, add_norm, rope_table
+from marlin_jax.models.layers import DecoderLayer, rope_table
+from marlin_jax.models.residual import add_norm
 from pallas_kernels import current_device
 from pallas_kernels.decode_attention import unsupported_reason
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.mlp import MLP, MoE
-from pallas_kernels.add_norm import add_norm as add_norm_kernel
+from marlin_jax.models.residual import before, normed, onto
 from pallas_kernels.decode_attention import decode_attention
 
 Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
@@ -75,20 +75,6 @@ def attend(
   return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, heads * head_dim)
 
 
-def add_norm(
-  norm: nnx.RMSNorm, x: Float[Array, "B T E"], delta: Float[Array, "B T E"] | None, *, fused: bool
-) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
-  """(s, norm(s)) with s = x + delta, or s = x without a delta; `fused` takes one kernel for it, on a GPU."""
-  if delta is None:
-    return x, norm(x)
-  if not fused:
-    x = x + delta
-    return x, norm(x)
-  rows = (array.reshape(-1, x.shape[-1]) for array in (x, delta))
-  total, y = add_norm_kernel(*rows, norm.scale[...], epsilon=norm.epsilon)
-  return total.reshape(x.shape), y.reshape(x.shape)
-
-
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions, and a norm of each query and key head where the config has it.
 
@@ -114,32 +100,40 @@ class Attention(nnx.Module):
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
+    residual: Float[Array, "B T E"],
+    norm: nnx.RMSNorm | None = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | None, tuple[Array, Array]]:
     """Attend among the tokens of x (cached is None), or write their keys and values into `cached` and attend to it.
 
-    Without a cache the tokens of x stand at positions 0 .. T-1. Returns the output and the keys and values attended to.
-    `fused` takes the kernel for one token a row, which needs a cache.
+    Without a cache the tokens of x stand at positions 0 .. T-1. Returns `onto(o_proj, attended, residual)` and the keys
+    and values attended to. `norm` is still to be done to x, if it is not None. `fused` takes the kernel for one token
+    a row, which needs a cache.
     """
-    queries, keys, values = self._project(x)
+    queries, keys, values = self._project(x, norm)
     if fused:
       assert cached is not None
       qkv = jnp.concatenate([queries, keys, values], axis=2)[:, 0]
       cos, sin = rope
       attended, *cached = decode_attention(qkv, *cached, positions[:, 0], cos[:, 0], sin[:, 0], window=self.window)
-      return self.o_proj(attended.reshape(*x.shape[:2], -1)), tuple(cached)
+      return *onto(self.o_proj, attended.reshape(*x.shape[:2], -1), residual), tuple(cached)
     queries, keys = rotate(queries, rope), rotate(keys, rope)
     if cached is not None:
       start = positions[:, 0]
       keys, values = write(cached[0], keys, start), write(cached[1], values, start)
-    return self.o_proj(attend(queries, keys, values, positions, self.window)), (keys, values)
+    return *onto(self.o_proj, attend(queries, keys, values, positions, self.window), residual), (keys, values)
 
-  def _project(self, x: Float[Array, "B T E"]) -> tuple[Array, Array, Array]:
-    """The queries, keys and values of x, [B, T, heads, D], normed but not rotated."""
+  @property
+  def reader(self) -> nnx.Module | None:
+    """The layer that reads the input, if it is one alone."""
+    return getattr(self, "qkv_proj", None)
+
+  def _project(self, x: Float[Array, "B T E"], norm: nnx.RMSNorm | None) -> tuple[Array, Array, Array]:
+    """The queries, keys and values of norm(x), [B, T, heads, D], not rotated."""
     config = self.config
     if hasattr(self, "qkv_proj"):
-      heads = self.qkv_proj(x).reshape(*x.shape[:2], -1, config.head_dim)
+      heads = normed(self.qkv_proj, x, norm).reshape(*x.shape[:2], -1, config.head_dim)
       queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
     else:
       projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -171,12 +165,13 @@ class DecoderLayer(nnx.Module):
     cached: tuple[Array, Array] | None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | None, tuple[Array, Array]]:
     """(x, delta, cached) of the next layer; what a layer gets is x + delta, left to be added where it is normed.
 
-    `fused` takes kernels for what is between the products; see `Attention`.
+    Quantized layers add themselves, and leave no delta. `fused` takes kernels for what is between the products; see
+    `Attention`.
     """
-    x, normed = add_norm(self.input_norm, x, delta, fused=fused)
-    attended, cached = self.attention(normed, positions, rope, cached, fused=fused)
-    x, normed = add_norm(self.post_attention_norm, x, attended, fused=fused)
-    return x, self.mlp(normed), cached
+    x, y, norm = before(self.attention.reader, self.input_norm, x, delta, fused=fused)
+    x, delta, cached = self.attention(y, positions, rope, cached, x, norm, fused=fused)
+    x, y, norm = before(self.mlp.reader, self.post_attention_norm, x, delta, fused=fused)
+    return *self.mlp(y, x, norm), cached

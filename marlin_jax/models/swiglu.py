@@ -6,7 +6,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from marlin_jax.nnx import QuantLinear
-from marlin_jax.ops import quant_matmul
 from marlin_jax.packing import deinterleave, interleave
 from pallas_kernels import layout
 
@@ -45,7 +44,12 @@ class QuantSwiGLU(QuantLinear):
     )
     return gate, up
 
-  def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch half_N"]:
-    """silu(x @ gate) * (x @ up) with the biases, if there are any; see `marlin_jax.quant_matmul` for the errors."""
-    x = x if self.dtype is None else x.astype(self.dtype)
-    return quant_matmul(x, self.packed, None if self.bias is None else self.bias[...], gated=True)
+  def __call__(
+    self,
+    x: Float[Array, "*batch K"],
+    *,
+    norm: nnx.RMSNorm | None = None,
+    residual: Float[Array, "*batch half_N"] | None = None,
+  ) -> Float[Array, "*batch half_N"]:
+    """silu(norm(x) @ gate) * (norm(x) @ up) + residual, with the biases, if there are any; as in QuantLinear."""
+    return self._multiply(x, norm, residual, gated=True)

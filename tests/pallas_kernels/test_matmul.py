@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation, hardware, layout, layout24, matmul
+from pallas_kernels.heuristics import HEURISTICS
 from tests.pallas_kernels import problems
 
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -26,7 +27,7 @@ SPARSE = ["reference of 2:4", "interpreted of 2:4", gpu("triton24"), gpu("hopper
 
 
 def runner(name: str):
-  """(x, codes, scales, zeros, bits, bias, gated) -> y by one implementation.
+  """(x, codes, scales, zeros, bits, bias, residual, norm, gated) -> y by one implementation.
 
   `run.name` is its name, `run.prune` makes codes of such as it takes: of half of them zeros for what takes 2:4 sparse
   weights, of all codes themselves for the others.
@@ -37,9 +38,14 @@ def runner(name: str):
     "reference": dict(implementation="reference"),
     "interpreted": dict(implementation=kernel, interpret=True),
   }.get(name.removesuffix(" of 2:4"), dict(implementation=name.removesuffix(" of 2:4")))
-  jitted = jax.jit(functools.partial(matmul, **how), static_argnames="gated")
 
-  def run(x, codes, scales, zeros=None, bits=4, bias=None, gated=False):
+  @functools.partial(jax.jit, static_argnames=("gated", "epsilon"))
+  def jitted(x, *weight, bias, residual, scale, epsilon, gated, **others):
+    norm = None if scale is None else (scale, epsilon)
+    return matmul(x, *weight, bias=bias, residual=residual, norm=norm, gated=gated, **others, **how)
+
+  def run(x, codes, scales, zeros=None, bits=4, bias=None, residual=None, norm=(None, None), gated=False):
+    options = dict(bias=bias, residual=residual, scale=norm[0], epsilon=norm[1], gated=gated)
     if name.startswith("hopper"):
       (m, k), (groups, n) = x.shape, scales.shape
       sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
@@ -49,12 +55,17 @@ def runner(name: str):
     if sparse:
       assert not layout24.surplus(codes).any()
       qweight, meta = layout24.pack_codes(codes)
-      return jitted(x, qweight, scales, meta=meta, bias=bias, gated=gated)
-    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, bias=bias, gated=gated)
+      return jitted(x, qweight, scales, meta=meta, **options)
+    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, **options)
 
   run.name = name
   run.prune = problems.prune24 if sparse else lambda codes: codes
   return run
+
+
+def problem_of(x, scales, name: str) -> MatmulProblem:
+  (m, k), (groups, n) = x.shape, scales.shape
+  return MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, sparse24=name.endswith("2:4"))
 
 
 @pytest.fixture(params=DENSE + SPARSE)
@@ -219,6 +230,62 @@ def test_bias_is_added_to_the_sums_before_they_are_rounded(run, rng, m, n, group
   twice = jnp.asarray(sums, jnp.float32).astype(BF16) + bias.astype(BF16)
   assert (once != twice).any()
   np.testing.assert_array_equal(run(x, codes, scales, bias=bias), once)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m, n, groups", [(1, 256, 16), (16, 208, 16), (33, 256, 1), (100, 256, 16)])
+def test_a_residual_is_added_last(run, rng, m, n, groups, gated):
+  x, codes, scales = problems.cancel(rng, m, 2048, n, groups, BF16)
+  codes = run.prune(codes)
+  bias = jnp.asarray(rng.integers(-2048, 2048, n) / 16, jnp.float32)
+  y = run(x, codes, scales, bias=bias, gated=gated)
+  residual = jnp.asarray(rng.integers(-64, 64, y.shape), BF16)
+  y_after = run(x, codes, scales, bias=bias, residual=residual, gated=gated)
+  twice = y + residual
+  if gated:  # in float32 the sum is that of the rounded gate, but for that rounding
+    error = np.abs(np.asarray(y_after, np.float64) - np.asarray(twice, np.float64))
+    assert (error <= 2.0**-7 * (np.abs(np.asarray(y, np.float64)) + np.abs(np.asarray(twice, np.float64)))).all()
+    return
+  sums = problems.expected(x, codes, scales) + np.asarray(bias, np.float64) + np.asarray(residual, np.float64)
+  once = jnp.asarray(sums, jnp.float32).astype(BF16)
+  assert (once != twice).any()
+  # A kernel rounds its sums before where they are whole, and XLA may leave that rounding out.
+  allowed = [once] if "reference" in run.name else [once, twice]
+  assert any((y_after == want).all() for want in allowed)
+
+
+@cases(
+  "run",
+  "m, k, n, groups, dtype",
+  [(m, *kn, dtype) for m in (0, 1, 7, 8, 13, 16, 17, 100) for dtype in DTYPES
+   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 6144, 32), (2048, 16448, 1))],
+  [(0, 512, 64, 4, BF16), (1, 1152, 64, 9, F16), (17, 512, 192, 1, BF16)],
+)  # fmt: skip
+def test_x_is_normalized_first(run, rng, m, k, n, groups, dtype):
+  x, codes, scales = problems.random(rng, m, k, n, groups, dtype)
+  codes = run.prune(codes)
+  x *= jnp.asarray(10.0 ** rng.uniform(-1, 1, (m, 1)), dtype)  # a factor of its own for each row
+  scale = jnp.asarray(rng.uniform(0.25, 4, k), dtype)
+  bias, residual = jnp.asarray(rng.normal(size=n), dtype), jnp.asarray(rng.normal(size=(m, n)), dtype)
+  epsilon = 0.25
+  wide = np.asarray(x, np.float64)
+  factor = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + epsilon)
+  config = HEURISTICS["hopper"](problem_of(x, scales, run.name), 132)
+  if run.name.startswith("hopper") and config.normalizing(problem_of(x, scales, run.name)) is not None:
+    normalized = np.asarray(x * scale, np.float64) * factor
+  else:
+    normalized = np.asarray(jnp.asarray(wide * factor * np.asarray(scale, np.float64), jnp.float32).astype(dtype))
+  y = run(x, codes, scales, norm=(scale, epsilon))
+  assert y.shape == (m, n) and y.dtype == dtype
+  if m == 0:
+    return
+  rounds = weight_dtype(run.name, m, k // groups, dtype)
+  problems.assert_close(y, normalized, codes, scales, weight_dtype=rounds)
+  with_all = run(x, codes, scales, bias=bias, residual=residual, norm=(scale, epsilon))
+  want = np.asarray(y, np.float64) + np.asarray(bias, np.float64) + np.asarray(residual, np.float64)
+  error = np.linalg.norm(np.asarray(with_all, np.float64) - want)
+  unit = 2.0 ** (-8 if dtype == BF16 else -11)
+  assert error <= 3 * unit * np.linalg.norm(want) + 1e-30  # y, the sum and what Triton adds to are rounded
 
 
 @cases(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from marlin_jax.checkpoint import load_model
-from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig, decoder, layers
+from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig, decoder, layers, residual
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.layers import attend, rope_frequencies, rope_table, rotate
 
@@ -226,10 +226,11 @@ def test_the_kernels_of_the_decode_step_give_what_the_plain_layers_give(monkeypa
 
     return call
 
-  for name in ("decode_attention", "add_norm_kernel"):
-    monkeypatch.setattr(layers, name, interpreted(getattr(layers, name)))
+  kernels = ((layers, "decode_attention"), (residual, "add_norm_kernel"), (residual, "rms_norm"))
+  for module, name in kernels:
+    monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
   result, cache = hidden(token, rows, cache)
-  assert len(calls) == 3  # attention and the norms after it; the first norm has nothing to add
+  assert len(calls) == 4  # attention, the norm before it and the two after it, which have something to add
   np.testing.assert_allclose(result.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.05, atol=0.05)
   for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
     np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=0.05, atol=0.05)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One program of the Hopper kernel: the roles of its warpgroups, and how they hand stages to each other."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import layout
+from pallas_kernels.hopper_config import FEW_REGISTERS
+from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, decode_tile, mma_issue, mma_wait
+from pallas_kernels.hopper_norm import scale_rows, write_factors
+from pallas_kernels.hopper_reduce import store_partial, write_rows
+from pallas_kernels.hopper_row_sums import negative_row_sums
+
+
+def program(*refs, names, config, problem, gated, k_tiles, epsilon):
+  """y[m, n] = sum over k of x[m, k] * s[k // group, n] * (code[k, n] - zero[k // group, n]) + bias[n] + residual[m, n].
+
+  One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
+
+    copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
+    preparing warpgroup     with sum_zeros or a norm: wait for `full`, add up the stage's x, or scale it in place and
+                              add up its squares, arrive on `prepared`
+    computing warpgroup     wgmma of tile t on 64 columns . x^T   (asynchronous)
+      (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
+      and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
+      every stage's k
+    the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
+                              rows in the order of K and writes it (hopper_reduce.py)
+
+  With a norm x[m, k] stands for x[m, k] / rms(x[m]) * norm[k] (hopper_norm.py).
+
+  With 2:4 sparse weights a tile of 64 columns has 128 k and 64 kept codes of each column, and the words of their
+  positions go the way of those of the codes, to the tensor cores.
+
+  Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
+  """
+  gmem = dict(zip(names, refs[: len(names)], strict=True))  # the operands that there are
+  y_gmem, ring, full, empty, ready, done, consumed, for_sums, prepared, summed = refs[len(names) :]
+  (x_smem, w_smem, s_smem, z_smem, meta_smem, norm_smem), y_smem = ring
+  sums_smem, squares_smem, factors_smem = for_sums
+  c, tile_k = config, problem.tile_k
+  stages, tiles = c.num_stages, c.block_k // tile_k
+  tiles_each = tiles // c.warpgroups_k
+  wg, nb, mb = (lax.axis_index(name) for name in ("wg", "n", "m"))
+  sk = lax.axis_index("k") if c.split_k > 1 else 0
+  first_step, steps = _run_of_steps(sk, -(-k_tiles // tiles), c.split_k)
+  group_size = c.group_size(problem)
+  runs = c.groups_per_stage(problem)
+  segment = c.segment(problem)
+  dtype = problem.dtype
+
+  @pl.when(wg == c.compute_warpgroups)
+  def copy():
+    plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
+
+    @pl.loop(0, steps)
+    def _(t):
+      stage, step = lax.rem(t, stages), first_step + t
+
+      @pl.when(t >= stages)
+      def _():
+        plgpu.barrier_wait(empty.at[stage])
+
+      def copy(name, smem, *index):
+        if name in gmem:
+          plgpu.copy_gmem_to_smem(gmem[name].at[index], smem.at[stage], full.at[stage])
+
+      columns = pl.ds(nb * c.block_n, c.block_n)
+      words = pl.ds(nb * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)
+      groups = pl.ds(0 if problem.group_size == problem.k else step * c.block_k // group_size, runs)
+      copy("words", w_smem, *words)
+      copy("meta", meta_smem, *words)
+      copy("x", x_smem, pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k))
+      copy("scales", s_smem, groups, columns)
+      copy("zeros", z_smem, groups, columns)
+      copy("norm", norm_smem, pl.ds(step * (c.block_k // layout.TILE), c.block_k // layout.TILE))
+
+  if c.prepares:
+
+    @pl.when(wg == c.compute_warpgroups + 1)
+    def prepare():
+      plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
+
+      @pl.loop(0, steps)
+      def _(t):
+        stage = lax.rem(t, stages)
+        plgpu.barrier_wait(full.at[stage])
+        if c.sum_zeros:
+          negative_row_sums(x_smem, sums_smem, stage)
+        else:
+          scale_rows(x_smem, norm_smem, squares_smem, stage, t)
+        plgpu.barrier_arrive(prepared.at[stage])
+
+      if c.normalize:
+        write_factors(squares_smem, factors_smem, features=problem.k, epsilon=epsilon)
+        plgpu.barrier_arrive(summed)
+
+  @pl.when(wg < c.compute_warpgroups)
+  def compute():
+    plgpu.set_max_registers(c.compute_registers, action="increase")
+    column_tile, part = (wg, 0) if c.warpgroups_k == 1 else (lax.div(wg, c.warpgroups_k), lax.rem(wg, c.warpgroups_k))
+    first_tile = part * tiles_each  # of those of a stage, this warpgroup's
+    first_column = nb * c.block_n + column_tile * layout.TILE
+    share = sk * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
+
+    def fragment(stage, tile):
+      """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
+      if problem.sparse24:
+        positions = plgpu.load(meta_smem.at[stage, column_tile, first_tile + tile], layout=POSITIONS)
+        return weights(stage, tile), positions
+      return weights(stage, tile), None
+
+    def weights(stage, tile):
+      with jax.named_scope("dequantize"):
+        planes = [
+          plgpu.load(w_smem.at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
+          for plane in range(problem.bits // 4)
+        ]
+        zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
+        w = decode_tile(planes, dtype, zero=zero)
+        if problem.zeros and not c.sum_zeros:
+          w -= columns(of_group(z_smem, stage, tile * tile_k), w.shape)
+        return w * columns(of_group(s_smem, stage, tile * tile_k), w.shape).astype(dtype) if c.scale_weights else w
+
+    def index(k, length):
+      """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
+      k += first_tile * tile_k
+      return k // length if c.warpgroups_k == 1 else lax.div(k, length)
+
+    def of_group(ref, stage, k):
+      """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
+      return plgpu.load(
+        ref.at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
+        layout=plgpu.Layout.WGMMA.reduce(1),
+        optimized=False,
+      )
+
+    def columns(values, shape):
+      """One value a column, over all of `shape`."""
+      return lax.broadcast_in_dim(values, shape, [0])
+
+    def beginning():
+      """What the sums are added to: 0, and in the first share the bias."""
+      shape = (layout.TILE, c.block_m)
+      if "bias" not in gmem:
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+      def load():
+        values = gmem["bias"].at[pl.ds(first_column, layout.TILE)]
+        return plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+
+      def nothing():
+        return plgpu.layout_cast(jnp.zeros(layout.TILE, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+      return columns(lax.cond(share == 0, load, nothing) if c.reduces else load(), shape)
+
+    def multiply(stage, acc, w, following):
+      """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
+      partial, prepared_waited = acc if c.scale_weights else None, False
+      if c.normalize:
+        plgpu.barrier_wait(prepared.at[stage])
+      for tile in range(tiles_each):
+        x = x_smem.at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
+        w, positions = w
+        if group_size < tile_k:
+          steps_of_half = ((0, 2), (2, 4))
+          started = [mma_issue(w, x, None, positions=positions, k_steps=steps) for steps in steps_of_half]
+        else:
+          started = [mma_issue(w, x, partial, positions=positions)]
+
+        def decode_next(tile=tile):
+          return fragment(stage, tile + 1) if tile + 1 < tiles_each else following()
+
+        if c.decode_ahead:
+          w = decode_next()
+        end = (tile + 1) * tile_k
+        group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
+        # What sums are scaled with is loaded before the wait for wgmma, which hides it.
+        if group_ends and not c.scale_weights:
+          of_halves = [of_group(s_smem, stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
+        if c.sum_zeros and group_ends:
+          zeros = of_group(z_smem, stage, tile * tile_k)
+          if not prepared_waited:
+            plgpu.barrier_wait(prepared.at[stage])
+            prepared_waited = True
+          x_sums = plgpu.load(
+            sums_smem.at[stage, index(tile * tile_k, segment)],
+            layout=plgpu.Layout.WGMMA.reduce(0),
+            optimized=False,
+          )
+        done_tiles = mma_wait(*started)
+        if not c.decode_ahead:
+          w = decode_next()
+        if c.scale_weights:
+          acc = partial = done_tiles[0]
+        elif group_ends:
+          for sums, scales in zip(done_tiles, of_halves, strict=True):
+            if c.sum_zeros:
+              raised = columns(zeros.astype(jnp.float32) + RAISED[dtype], sums.shape)
+              sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * raised
+            acc += sums * columns(scales.astype(jnp.float32), sums.shape)
+          partial = None
+        else:
+          partial = done_tiles[0]
+      return acc, w
+
+    def step(t, carry, stage):
+      acc, w = carry
+      next_stage = (stage + 1) % stages if isinstance(stage, int) else lax.rem(t + 1, stages)
+
+      def following():
+        @pl.when(t + 1 < steps)  # or else what is read is of no use
+        def _():
+          plgpu.barrier_wait(full.at[next_stage])
+
+        return fragment(next_stage, 0)
+
+      carry = multiply(stage, acc, w, following)
+      plgpu.barrier_arrive(empty.at[stage])
+      return carry
+
+    def turn(i, carry):
+      for stage in range(stages):
+        carry = step(i * stages + stage, carry, stage)
+      return carry
+
+    zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
+    begin = zero if c.normalize else beginning()
+    plgpu.barrier_wait(full.at[0])
+    carry, turns = (begin, fragment(0, 0)), 0
+    if c.unroll:
+      turns = lax.div(steps, stages)
+      carry = lax.fori_loop(0, turns, turn, carry)
+    acc, _ = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
+
+    if c.normalize:
+      plgpu.barrier_wait(summed)
+      factors = plgpu.load(factors_smem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+      acc = acc * lax.broadcast_in_dim(factors, acc.shape, [1]) + beginning()
+
+    with jax.named_scope("reduce"):
+      if c.y_in_ring:  # y_smem is where the ring was
+        plgpu.barrier_arrive(consumed)
+        plgpu.barrier_wait(consumed)
+      store_partial(acc, y_smem.at[wg], across_programs=c.split_k > 1, gated=gated and not c.reduces)
+      if c.reduces:
+        plgpu.barrier_arrive(ready.at[column_tile])
+        plgpu.barrier_wait(ready.at[column_tile])
+      write_rows(
+        y_smem,
+        y_gmem,
+        gmem.get("residual"),
+        slot=column_tile * c.warpgroups_k,
+        share=share,
+        first_row=mb * c.block_m,
+        first_column=first_column // 2 if gated else first_column,
+        slots=c.warpgroups_k,
+        programs=c.split_k,
+        gated=gated,
+      )
+      if c.split_k > 1:  # its shared memory must outlive the reads of the others
+        plgpu.barrier_arrive(done.at[column_tile])
+        plgpu.barrier_wait(done.at[column_tile])
+
+
+def _run_of_steps(program, total: int, programs: int):
+  """(first, count) of the steps of one of the programs that share them; none is without, it would wait for ever."""
+  first, end = (lax.div((program + i) * total, programs) for i in (0, 1))
+  return first, end - first
