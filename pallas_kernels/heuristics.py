@@ -7,10 +7,27 @@ from typing import Any
 from pallas_kernels import layout, layout24
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.problem import MatmulProblem
+from pallas_kernels.triton_dequantize import DequantizeConfig
 from pallas_kernels.triton_matmul import TritonConfig
+
+Config = HopperConfig | TritonConfig | DequantizeConfig
 
 _NEAR = 1.25  # what is to be measured: as far from the best as the estimate of its time may err
 _SHORTEST_RUN = 512  # k that a program should have at the least when K is split
+# Rows of x from which `dequantize` goes before the Triton kernel of dense and of 2:4 sparse weights: an estimate, which
+# no GPU has confirmed. 8192 x 28672 on an H200 is 117 MB of codes (2:4: 88) and 470 MB of bfloat16, 135 us (127) at
+# 4.4 TB/s. With the bfloat16 product that makes 250, 317 and 729 us at M = 128, 256 and 1024 (242, 309, 721), where the
+# Triton kernels take 134, 261 and 956 (299, 511, 2005).
+_DEQUANTIZE_FROM = 512
+_DEQUANTIZE_FROM_SPARSE24 = 128
+
+
+def ranked(problem: MatmulProblem, able: list[str]) -> list[str]:
+  """`able`, the implementations that can take `problem` in the order of IMPLEMENTATIONS, with the one that should be
+  fastest put first: `hopper`, or of many rows `dequantize`.
+  """
+  many = problem.m >= (_DEQUANTIZE_FROM_SPARSE24 if problem.sparse24 else _DEQUANTIZE_FROM)
+  return sorted(able, key=lambda name: many and "hopper" not in able and name != "dequantize")
 
 
 def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
@@ -46,6 +63,14 @@ def triton24_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
     # A dot for each of a step's four groups: at 128 rows an H200 refuses the kernel, 398 KiB of shared memory.
     config = dataclasses.replace(config, block_m=64)
   return config
+
+
+def dequantize_config(problem: MatmulProblem, num_sms: int) -> DequantizeConfig:
+  """The config of the kernel that writes the dense weight: 16 KiB of it a program. No GPU has timed it yet."""
+  del num_sms
+  group_size = problem.group_size
+  block_k = 128 if group_size % 128 == 0 or 128 % group_size == 0 or group_size == problem.k else 64
+  return DequantizeConfig(block_n=64, block_k=block_k, num_warps=4)
 
 
 def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
@@ -145,15 +170,25 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
 
 
 # implementation -> (problem, multiprocessors) -> config
-HEURISTICS = {"hopper": hopper_config, "triton": triton_config, "triton24": triton24_config}
+HEURISTICS = {
+  "hopper": hopper_config,
+  "triton": triton_config,
+  "triton24": triton24_config,
+  "dequantize": dequantize_config,
+}
 
 
-def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> list[HopperConfig | TritonConfig]:
+def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> list[Config]:
   """The configs worth measuring for `problem`, most promising first: the heuristic's, then what differs from it in one
   respect, then in two. A config that its class refuses, for shared memory or registers, is not among them.
   """
   first = HEURISTICS[implementation](problem, num_sms)
-  respects = _hopper_changes(first, problem, num_sms) if implementation == "hopper" else _triton_changes(first)
+  if implementation == "hopper":
+    respects = _hopper_changes(first, problem, num_sms)
+  elif implementation == "dequantize":
+    respects = [[dict(num_warps=8)], [dict(block_n=128)]]
+  else:
+    respects = _triton_changes(first)
   changes = [respect[i] for i in range(max(map(len, respects))) for respect in respects if i < len(respect)]
   for i, one in enumerate(respects):
     changes += [a | b for other in respects[i + 1 :] for a in one for b in other]
@@ -193,7 +228,7 @@ def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
   ]
 
 
-def _fits(config: HopperConfig | TritonConfig, problem: MatmulProblem) -> bool:
+def _fits(config: Config, problem: MatmulProblem) -> bool:
   """Whether the kernel takes `config` for `problem`."""
   if isinstance(config, HopperConfig):
     return config.unfit_reason(problem) is None

@@ -109,20 +109,22 @@ def matmul_hopper(
   barrier = plgpu.Barrier
   if c.split_k > 1:
     barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("k",))
-  ring = [
-    SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
-    SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
-    SMEM((stages, runs, c.block_n), scales.dtype),
-    SMEM((stages, runs, c.block_n) if problem.zeros else (1, 1, 8), x.dtype),
-    SMEM((stages, c.warpgroups_n, tiles, 4, 128) if problem.sparse24 else (1, 1, 1, 1, 8), jnp.int16),
-    SMEM((stages, c.block_k // layout.TILE, layout.TILE) if c.normalize else (1, 1, 8), x.dtype),
-  ]
+  ring = dict(
+    x=SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
+    words=SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
+    scales=SMEM((stages, runs, c.block_n), scales.dtype),
+    zeros=SMEM((stages, runs, c.block_n), x.dtype),
+    meta=SMEM((stages, c.warpgroups_n, tiles, 4, 128), jnp.int16),
+    norm=SMEM((stages, c.block_k // layout.TILE, layout.TILE), x.dtype),
+  )
+  ring = {name: ring[name] for name in copied}
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
-  for_sums = [
-    SMEM((stages, c.block_k // c.segment(problem), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
-    SMEM((c.block_m // 8, 128) if c.normalize else (1, 8), jnp.float32),
-    SMEM((c.block_m,), jnp.float32),
-  ]
+  prepared = {}
+  if c.sum_zeros:
+    prepared["sums"] = SMEM((stages, c.block_k // c.segment(problem), c.block_m), jnp.float32)
+  if c.normalize:
+    prepared["squares"] = SMEM((c.block_m // 8, 128), jnp.float32)
+    prepared["factors"] = SMEM((c.block_m,), jnp.float32)
   y = plgpu.kernel(
     functools.partial(
       program, names=tuple(operands), config=c, problem=problem, gated=gated, k_tiles=k_tiles, epsilon=epsilon
@@ -135,7 +137,7 @@ def matmul_hopper(
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups),
-      for_sums,
+      prepared,
       plgpu.Barrier(num_arrivals=1, num_barriers=stages),
       plgpu.Barrier(num_arrivals=1),
     ],

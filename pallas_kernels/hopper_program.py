@@ -38,9 +38,8 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
   gmem = dict(zip(names, refs[: len(names)], strict=True))  # the operands that there are
-  y_gmem, ring, full, empty, ready, done, consumed, for_sums, prepared, summed = refs[len(names) :]
-  (x_smem, w_smem, s_smem, z_smem, meta_smem, norm_smem), y_smem = ring
-  sums_smem, squares_smem, factors_smem = for_sums
+  y_gmem, ring, full, empty, ready, done, consumed, of_x, prepared, summed = refs[len(names) :]
+  smem, y_smem = ring  # the stages of what is copied, by the names of the operands
   c, tile_k = config, problem.tile_k
   stages, tiles = c.num_stages, c.block_k // tile_k
   tiles_each = tiles // c.warpgroups_k
@@ -64,19 +63,19 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
       def _():
         plgpu.barrier_wait(empty.at[stage])
 
-      def copy(name, smem, *index):
-        if name in gmem:
-          plgpu.copy_gmem_to_smem(gmem[name].at[index], smem.at[stage], full.at[stage])
+      def copy(name, *index):
+        if name in smem:
+          plgpu.copy_gmem_to_smem(gmem[name].at[index], smem[name].at[stage], full.at[stage])
 
       columns = pl.ds(nb * c.block_n, c.block_n)
       words = pl.ds(nb * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)
       groups = pl.ds(0 if problem.group_size == problem.k else step * c.block_k // group_size, runs)
-      copy("words", w_smem, *words)
-      copy("meta", meta_smem, *words)
-      copy("x", x_smem, pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k))
-      copy("scales", s_smem, groups, columns)
-      copy("zeros", z_smem, groups, columns)
-      copy("norm", norm_smem, pl.ds(step * (c.block_k // layout.TILE), c.block_k // layout.TILE))
+      copy("words", *words)
+      copy("meta", *words)
+      copy("x", pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k))
+      copy("scales", groups, columns)
+      copy("zeros", groups, columns)
+      copy("norm", pl.ds(step * (c.block_k // layout.TILE), c.block_k // layout.TILE))
 
   if c.prepares:
 
@@ -89,13 +88,13 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
         stage = lax.rem(t, stages)
         plgpu.barrier_wait(full.at[stage])
         if c.sum_zeros:
-          negative_row_sums(x_smem, sums_smem, stage)
+          negative_row_sums(smem["x"], of_x["sums"], stage)
         else:
-          scale_rows(x_smem, norm_smem, squares_smem, stage, t)
+          scale_rows(smem["x"], smem["norm"], of_x["squares"], stage, t)
         plgpu.barrier_arrive(prepared.at[stage])
 
       if c.normalize:
-        write_factors(squares_smem, factors_smem, features=problem.k, epsilon=epsilon)
+        write_factors(of_x["squares"], of_x["factors"], features=problem.k, epsilon=epsilon)
         plgpu.barrier_arrive(summed)
 
   @pl.when(wg < c.compute_warpgroups)
@@ -109,31 +108,31 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
     def fragment(stage, tile):
       """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
       if problem.sparse24:
-        positions = plgpu.load(meta_smem.at[stage, column_tile, first_tile + tile], layout=POSITIONS)
+        positions = plgpu.load(smem["meta"].at[stage, column_tile, first_tile + tile], layout=POSITIONS)
         return weights(stage, tile), positions
       return weights(stage, tile), None
 
     def weights(stage, tile):
       with jax.named_scope("dequantize"):
         planes = [
-          plgpu.load(w_smem.at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
+          plgpu.load(smem["words"].at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
           for plane in range(problem.bits // 4)
         ]
         zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
         w = decode_tile(planes, dtype, zero=zero)
         if problem.zeros and not c.sum_zeros:
-          w -= columns(of_group(z_smem, stage, tile * tile_k), w.shape)
-        return w * columns(of_group(s_smem, stage, tile * tile_k), w.shape).astype(dtype) if c.scale_weights else w
+          w -= columns(of_group("zeros", stage, tile * tile_k), w.shape)
+        return w * columns(of_group("scales", stage, tile * tile_k), w.shape).astype(dtype) if c.scale_weights else w
 
     def index(k, length):
       """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
       k += first_tile * tile_k
       return k // length if c.warpgroups_k == 1 else lax.div(k, length)
 
-    def of_group(ref, stage, k):
+    def of_group(name, stage, k):
       """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
       return plgpu.load(
-        ref.at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
+        smem[name].at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
@@ -163,7 +162,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
       if c.normalize:
         plgpu.barrier_wait(prepared.at[stage])
       for tile in range(tiles_each):
-        x = x_smem.at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
+        x = smem["x"].at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
         w, positions = w
         if group_size < tile_k:
           steps_of_half = ((0, 2), (2, 4))
@@ -180,14 +179,14 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
         group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
         # What sums are scaled with is loaded before the wait for wgmma, which hides it.
         if group_ends and not c.scale_weights:
-          of_halves = [of_group(s_smem, stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
+          of_halves = [of_group("scales", stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
         if c.sum_zeros and group_ends:
-          zeros = of_group(z_smem, stage, tile * tile_k)
+          zeros = of_group("zeros", stage, tile * tile_k)
           if not prepared_waited:
             plgpu.barrier_wait(prepared.at[stage])
             prepared_waited = True
           x_sums = plgpu.load(
-            sums_smem.at[stage, index(tile * tile_k, segment)],
+            of_x["sums"].at[stage, index(tile * tile_k, segment)],
             layout=plgpu.Layout.WGMMA.reduce(0),
             optimized=False,
           )
@@ -238,7 +237,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
 
     if c.normalize:
       plgpu.barrier_wait(summed)
-      factors = plgpu.load(factors_smem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+      factors = plgpu.load(of_x["factors"], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
       acc = acc * lax.broadcast_in_dim(factors, acc.shape, [1]) + beginning()
 
     with jax.named_scope("reduce"):

@@ -12,6 +12,7 @@ from pallas_kernels import (
   layout,
   layout24,
   reference,
+  triton_dequantize,
   triton_matmul,
   triton_matmul24,
   tuning,
@@ -20,11 +21,13 @@ from pallas_kernels.add_norm import rms_norm
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
-# name -> why it cannot take a problem on a device (None: it can); fastest first. The reference can take everything.
+# name -> why it cannot take a problem on a device (None: it can); of few rows, fastest first. The reference can take
+# everything.
 IMPLEMENTATIONS = {
   "hopper": hopper_matmul.unsupported_reason,
   "triton": triton_matmul.unsupported_reason,
   "triton24": triton_matmul24.unsupported_reason,
+  "dequantize": triton_dequantize.unsupported_reason,
   "reference": reference.unsupported_reason,
 }
 
@@ -38,7 +41,8 @@ def choose_implementation(
   """Name of the implementation that `matmul` takes for `problem` on `device` (default: the current one).
 
   Without a GPU that is the reference. On one it is a kernel; the reference, slower than a bfloat16 product, must be
-  asked for by name there. Of several kernels it is the one that a tuned table found faster, or else the first.
+  asked for by name there. Of several it is the one that a tuned table found fastest, or else the one that
+  `heuristics.ranked` puts first.
 
   Raises:
     NotImplementedError: no kernel covers the problem on this GPU; every kernel's reason is listed.
@@ -50,8 +54,8 @@ def choose_implementation(
   reasons = {name: reason(problem, device) for name, reason in IMPLEMENTATIONS.items() if name != "reference"}
   able = [name for name, reason in reasons.items() if reason is None]
   if able:
-    measured = tuning.fastest(problem, device, able, tuned=tuned) if len(able) > 1 else None
-    return measured or able[0]
+    ranked = heuristics.ranked(problem, able)
+    return tuning.fastest(problem, device, ranked, tuned=tuned) or ranked[0]
   refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
   raise NotImplementedError(f"no kernel covers {problem} ({refusals}); implementation='reference' covers everything")
 
@@ -74,7 +78,8 @@ def matmul(
   """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) + bias[n].
 
   A residual may be added to it, and x be normalized before. All is summed in float32 and rounded once; the Triton
-  kernels round once more before they add the residual.
+  kernels round once more before they add the residual. `dequantize` rounds the weight to x's dtype before, and so does
+  `hopper` of more than 64 rows, unless groups are small.
 
   Args:
     x: bfloat16, float16 or (reference only) float32; M may be 0.
@@ -90,8 +95,8 @@ def matmul(
     norm: (scale, epsilon) of a root-mean-square norm that x goes through first: x / sqrt(mean(x^2) + epsilon) * scale,
       rounded to x's dtype. The Hopper kernel normalizes bfloat16 of up to 16 rows itself, with x * scale rounded;
       otherwise it is a kernel of its own.
-    gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. The
-      Triton kernels round gate and up to x's dtype before.
+    gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. All
+      kernels but `hopper` round gate and up to x's dtype before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
     interpret: run a Triton kernel's body on the CPU instead of lowering it; for tests.
     tuned: a table by `marlin-jax tune`, looked up before the shipped one; None takes the one that the
@@ -154,6 +159,8 @@ def matmul(
     return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, residual, gated=gated, config=config)
   if implementation == "triton24":
     y = triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
+  elif implementation == "dequantize":
+    y = triton_dequantize.matmul_dequantize(x, qweight, scales, zeros, meta, bias, config=config, interpret=interpret)
   else:
     y = triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)
   y = reference.gate(y) if gated else y

@@ -88,6 +88,31 @@ def _dequantize(words, dtype, *, zero: int, use_asm: bool):
   return w.reshape(n_tiles * layout.TILE, k_tiles * layout.TILE)
 
 
+def word_rows(qweight):
+  """Words as `load_weights` takes them: [n_tiles, words] of 4 bits, [n_tiles, k_tiles, 2, 1024] of 8 bits.
+
+  4 bits: a stream for each 64 columns; 8 bits: tiles of high and of low nibbles take turns in it.
+  """
+  n_tiles, k_tiles, rows, _ = qweight.shape
+  return qweight.reshape(n_tiles, -1) if rows == 32 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
+
+
+def load_weights(w_ref, column, step, *, problem, config, use_asm):
+  """Codes of block (column, step) in problem.dtype, [block_n, block_k] in natural order, less the middle code if the
+  problem has no zeros.
+  """
+  n_tiles, k_tiles = config.block_n // layout.TILE, config.block_k // layout.TILE
+  tiles = pl.ds(column * n_tiles, n_tiles)
+  if problem.bits == 4:
+    words = k_tiles * layout.TILE_WORDS
+    blocks = [w_ref.at[tiles, pl.ds(step * words, words)]]
+  else:
+    blocks = [w_ref.at[tiles, pl.ds(step * k_tiles, k_tiles), pl.ds(nibble, 1)] for nibble in range(2)]
+  words = [plt.load(block, eviction_policy="evict_first").reshape(n_tiles, -1) for block in blocks]
+  zero = 0 if problem.zeros else layout.zero_code(problem.bits)
+  return _dequantize(words, problem.dtype, zero=zero, use_asm=use_asm)
+
+
 def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - z[k // group, n]).
 
@@ -95,27 +120,15 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   """
   *group_refs, y_ref = refs  # scales, zeros and bias, those that there are
   bias_ref = group_refs.pop() if len(group_refs) > 1 + problem.zeros else None
-  c = config
-  k_words = layout.TILE_WORDS // layout.TILE  # words of a row of tiles per k
-  n_tiles = c.block_n // layout.TILE
-  n_tile0 = pl.program_id(1) * n_tiles
-  zero = 0 if problem.zeros else layout.zero_code(problem.bits)
+  column = pl.program_id(1)
 
-  def load_words(i):
-    if problem.bits == 4:
-      blocks = [w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * c.block_k * k_words, c.block_k * k_words)]]
-    else:
-      k_tiles = c.block_k // layout.TILE
-      blocks = [w_ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * k_tiles, k_tiles), pl.ds(nibble, 1)] for nibble in range(2)]
-    return [plt.load(block, eviction_policy="evict_first").reshape(n_tiles, -1) for block in blocks]
+  def load(i):
+    return load_weights(w_ref, column, i, problem=problem, config=config, use_asm=use_asm)
 
-  def load_weights(i):
-    return _dequantize(load_words(i), x_ref.dtype, zero=zero, use_asm=use_asm)
-
-  sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, problem=problem, config=config)
+  sum_product(x_ref, group_refs, bias_ref, y_ref, load, problem=problem, config=config)
 
 
-def sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, *, problem, config):
+def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (w[k, n] - z[k // group, n]).
 
   The first run's sums begin with the bias, where there is one.
@@ -125,7 +138,7 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, *, problem, co
     load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
             the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
                                                                           only what feeds a dot)
-    decode  w [block_n, block_k] = load_weights(i), in natural order of n and k; less the zeros, if there are any
+    decode  w [block_n, block_k] = load(i), in natural order of n and k; less the zeros, if there are any
     dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
                                                     few rows of x cost a narrow instruction instead of padding to 64
     scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
@@ -165,7 +178,7 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load_weights, *, problem, co
   def step(i, carry):
     acc, groups = carry
     next_groups = load_groups(i + 1)
-    weights = load_weights(i)
+    weights = load(i)
     for group, (scale, *zeros) in enumerate(groups):
       w = weights - zeros[0].astype(x_ref.dtype)[:, None] if zeros else weights
       x = load_x(i * c.block_k, group)
@@ -217,26 +230,37 @@ def matmul_triton(
   (m, k), (groups, n) = x.shape, scales.shape
   bits = qweight.shape[2] // 8
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, bits=bits, zeros=zeros is not None)
-  n_tiles, k_tiles, _, _ = qweight.shape
-  # 4 bits: a stream for each 64 columns; 8 bits: tiles of high and of low nibbles take turns in it.
-  words = qweight.reshape(n_tiles, -1) if bits == 4 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
   kernel = functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret)
-  operands = x, words, *(operand for operand in (scales, zeros, bias) if operand is not None)
+  operands = x, word_rows(qweight), *(operand for operand in (scales, zeros, bias) if operand is not None)
   return launch(kernel, operands, problem=problem, config=config, interpret=interpret, name=f"w{bits}a16_triton")
+
+
+def check_config(config, problem: MatmulProblem) -> None:
+  """Whether blocks of `config`, of block_n columns and block_k k, are of whole tiles and groups of `problem`.
+
+  Raises:
+    ValueError: block_k is not that of a 2:4 sparse tile, or does not fit the group size, or block_n does not divide the
+      padded N.
+  """
+  block_n, block_k, group_size = config.block_n, config.block_k, problem.group_size
+  if problem.sparse24 and block_k != problem.tile_k:
+    raise ValueError(f"block_k={block_k} must be {problem.tile_k}, the k of a tile")
+  if block_k % group_size and group_size % block_k and group_size < problem.k:
+    raise ValueError(f"block_k={block_k} and group_size={group_size}: one must divide the other")
+  n_padded = layout.padded_shape(problem.k, problem.n)[1]
+  if n_padded % block_n:
+    raise ValueError(f"block_n={block_n} must divide the padded N={n_padded}")
 
 
 def launch(kernel, operands, *, problem: MatmulProblem, config: TritonConfig, interpret: bool, name: str):
   """y [m, n] by a kernel that writes [split_k, m, n] with `sum_product`.
 
   Raises:
-    ValueError: block_k and the group size do not fit each other, or block_n does not divide the padded N.
+    ValueError: as for `check_config`.
   """
+  check_config(config, problem)
   m, n, x = problem.m, problem.n, operands[0]
-  if config.block_k % problem.group_size and problem.group_size % config.block_k and problem.group_size < problem.k:
-    raise ValueError(f"block_k={config.block_k} and group_size={problem.group_size}: one must divide the other")
   n_padded = layout.padded_shape(problem.k, n)[1]
-  if n_padded % config.block_n:
-    raise ValueError(f"block_n={config.block_n} must divide the padded N={n_padded}")
   partials = pl.pallas_call(
     kernel,
     out_shape=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else x.dtype),

@@ -77,6 +77,18 @@ def _halves(array):
   return [half.reshape(array.shape[:-1]) for half in jnp.split(array, 2, axis=-1)]
 
 
+def load_weights(w_ref, meta_ref, column, step, *, problem, config, use_asm):
+  """Codes - 8 of block (column, step) in problem.dtype, pruned ones 0, as [block_n, 128] in natural order."""
+  n_tiles = config.block_n // layout.TILE
+
+  def load(ref, tile_words):
+    index = pl.ds(column * n_tiles, n_tiles), pl.ds(step * tile_words, tile_words)
+    return plt.load(ref.at[index], eviction_policy="evict_first")
+
+  words, meta = load(w_ref, layout.TILE_WORDS), load(meta_ref, layout24.META_WORDS)
+  return _dequantize(words, meta, problem.dtype, use_asm=use_asm)
+
+
 def _kernel(x_ref, w_ref, meta_ref, scales_ref, *refs, problem, config, use_asm):
   """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
 
@@ -84,17 +96,12 @@ def _kernel(x_ref, w_ref, meta_ref, scales_ref, *refs, problem, config, use_asm)
   positions for 64 columns x 128 k, and expands them to w [block_n, 128] in registers.
   """
   bias_ref, y_ref = refs if len(refs) == 2 else (None, *refs)
-  n_tiles = config.block_n // layout.TILE
-  n_tile0 = pl.program_id(1) * n_tiles
+  column = pl.program_id(1)
 
-  def load(ref, i, tile_words):
-    return plt.load(ref.at[pl.ds(n_tile0, n_tiles), pl.ds(i * tile_words, tile_words)], eviction_policy="evict_first")
+  def load(i):
+    return load_weights(w_ref, meta_ref, column, i, problem=problem, config=config, use_asm=use_asm)
 
-  def load_weights(i):
-    words, meta = load(w_ref, i, layout.TILE_WORDS), load(meta_ref, i, layout24.META_WORDS)
-    return _dequantize(words, meta, x_ref.dtype, use_asm=use_asm)
-
-  triton_matmul.sum_product(x_ref, [scales_ref], bias_ref, y_ref, load_weights, problem=problem, config=config)
+  triton_matmul.sum_product(x_ref, [scales_ref], bias_ref, y_ref, load, problem=problem, config=config)
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace and one lowering of the kernel.
@@ -123,8 +130,6 @@ def matmul_triton24(
     ValueError: block_k is not 128, or does not fit the group size, or block_n does not divide the padded N.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  if config.block_k != layout24.K_TILE:
-    raise ValueError(f"block_k={config.block_k} must be {layout24.K_TILE}, the k of a tile")
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, sparse24=True)
   n_tiles = qweight.shape[0]
   operands = x, qweight.reshape(n_tiles, -1), meta.reshape(n_tiles, -1), scales, *(() if bias is None else (bias,))

@@ -17,12 +17,18 @@ from typing import Any
 
 from pallas_kernels import heuristics
 from pallas_kernels.hardware import Device
+from pallas_kernels.heuristics import Config
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.problem import MatmulProblem
+from pallas_kernels.triton_dequantize import DequantizeConfig
 from pallas_kernels.triton_matmul import TritonConfig
 
-Config = HopperConfig | TritonConfig
-CONFIGS: dict[str, type[Config]] = {"hopper": HopperConfig, "triton": TritonConfig, "triton24": TritonConfig}
+CONFIGS: dict[str, type[Config]] = {
+  "hopper": HopperConfig,
+  "triton": TritonConfig,
+  "triton24": TritonConfig,
+  "dequantize": DequantizeConfig,
+}
 ENVIRONMENT = "MARLIN_JAX_TUNED"
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -103,7 +109,7 @@ def config_for(
   """The config of `implementation` for `problem`: the user's table, then the shipped one, then heuristics.
 
   Args:
-    implementation: "hopper", "triton" or "triton24".
+    implementation: a name of CONFIGS.
     tuned: a table of the user's; None takes the one that the environment variable MARLIN_JAX_TUNED names, if it does.
 
   Raises:
@@ -120,14 +126,14 @@ def config_for(
 def fastest(
   problem: MatmulProblem, device: Device, implementations: list[str], *, tuned: str | Path | None = None
 ) -> str | None:
-  """The implementation that took the least time for `problem`, in the first table that has rows of all of them.
+  """The implementation that took the least time for `problem`, in the first table that has a row of the first of them.
 
-  None if there is no such table. Arguments and errors are those of `config_for`.
+  None if there is no such table: what others took says nothing about that one. Errors are those of `config_for`.
   """
   for table in _tables(device, tuned):
     rows = [table.find(name, problem) for name in implementations]
-    if None not in rows:
-      return min(rows, key=lambda row: row.time_us).implementation
+    if rows[0] is not None:
+      return min((row for row in rows if row is not None), key=lambda row: row.time_us).implementation
   return None
 
 

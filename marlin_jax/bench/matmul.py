@@ -56,7 +56,7 @@ def bench_matmul(
     raise NotImplementedError(f"bench measures kernels on an NVIDIA GPU, and this is {device.kind}: nothing measured")
   bytes_per_second, flops_per_second = measure_ceilings()
   print(f"{device.kind}: reads {bytes_per_second / 1e12:.2f} TB/s, multiplies {flops_per_second / 1e12:.0f} TFLOP/s")
-  print("     K      N     M  kernel        us  limit us of limit  bf16 us speed-up  error")
+  print("     K      N     M  kernel              us  limit us of limit  bf16 us speed-up  error")
   rows = []
   for k, n in shapes:
     xs = [random_x(_problem(m, n, k)) for m in batches]
@@ -187,6 +187,6 @@ def _sums(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _line(row: dict[str, Any]) -> str:
   return (
-    f"{row['k']:>6} {row['n']:>6} {row['m']:>5}  {row['implementation']:<9} {row['time_us']:>6} {row['limit_us']:>9} "
+    f"{row['k']:>6} {row['n']:>6} {row['m']:>5}  {row['implementation']:<15} {row['time_us']:>6} {row['limit_us']:>9} "
     f"{row['fraction_of_limit']:>8} {row['bf16_us']:>8} {row['speedup']:>8}  {row['rel_error']}"
   )

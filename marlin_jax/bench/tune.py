@@ -31,6 +31,7 @@ from marlin_jax.bench.timing import kernel_time
 from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device
 from pallas_kernels.heuristics import candidates
 from pallas_kernels.hopper_matmul import matmul_hopper
+from pallas_kernels.triton_dequantize import matmul_dequantize
 from pallas_kernels.triton_matmul import matmul_triton
 from pallas_kernels.triton_matmul24 import matmul_triton24
 from pallas_kernels.tuning import CONFIGS, Config, TunedRow, TunedTable, load_table, m_bucket, write_table
@@ -39,6 +40,7 @@ _KERNELS = {
   "hopper": matmul_hopper,
   "triton": matmul_triton,
   "triton24": lambda x, qweight, scales, zeros, meta, config: matmul_triton24(x, qweight, meta, scales, config=config),
+  "dequantize": matmul_dequantize,
 }
 _FAR_BEHIND = 1.2  # times the best so far, in a single round: more than rounds differ by
 _PATIENCE = 120.0  # seconds for a candidate to compile or to run; both take a few at most

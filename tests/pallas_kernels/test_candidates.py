@@ -16,7 +16,8 @@ BF16 = jnp.dtype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
-  "implementation, sparse24", [*((name, name == "triton24") for name in HEURISTICS), ("hopper", True)]
+  "implementation, sparse24",
+  [*((name, name == "triton24") for name in HEURISTICS), ("hopper", True), ("dequantize", True)],
 )
 @pytest.mark.parametrize("m", [1, 16, 64, 128, 256])
 def test_candidates_are_different_and_the_heuristic_is_first(implementation, sparse24, m):

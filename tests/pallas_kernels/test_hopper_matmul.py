@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, hardware, hopper_matmul, layout, layout24
+from pallas_kernels import MatmulProblem, hardware, hopper_program, layout, layout24
 from pallas_kernels.heuristics import hopper_config
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.hopper_matmul import matmul_hopper, unsupported_reason
@@ -107,6 +107,26 @@ def test_zero_points_are_subtracted_from_sums(lower_for_h200, m, block_m, group_
 def test_odd_sizes_lower_for_an_h200(lower_for_h200, m, k, n, group_size):
   config = hopper_config(MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16), num_sms=132)
   lower_for_h200(functools.partial(matmul_hopper, config=config), *shapes(m, k, n, group_size, BF16))
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize(
+  "m, n, gated, sparse24", [(1, 6144, False, False), (16, 28672, True, False), (8, 6144, True, True)]
+)
+def test_a_norm_and_a_residual_lower_for_an_h200(lower_for_h200, m, n, gated, sparse24):
+  problem = MatmulProblem(m=m, n=n, k=4096, group_size=128, dtype=BF16, sparse24=sparse24)
+  config = hopper_config(problem, num_sms=132).normalizing(problem)
+  assert config is not None
+  shape = jax.ShapeDtypeStruct
+  x, qweight, scales = shapes(m, 4096, n, 128, BF16)
+  meta = None
+  if sparse24:
+    qweight, meta = (shape(s(4096, n), jnp.int16) for s in (layout24.qweight_shape, layout24.meta_shape))
+  run = functools.partial(matmul_hopper, epsilon=1e-5, gated=gated, config=config)
+  residual, norm = shape((m, n // (1 + gated)), BF16), shape((4096,), BF16)
+  text = lower_for_h200(run, x, qweight, scales, None, meta, None, residual, norm)
+  assert text.count("mosaic_gpu_v2") == 1 and "gpu.triton" not in text  # all of it in one kernel
+  assert "mul.rn.bf16x2" in text and "rsqrt.approx" in text and "ld.global.v4.b32" in text
 
 
 @pytest.mark.gpu
@@ -211,6 +231,7 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
     (dict(warpgroups_n=1, warpgroups_k=4, block_k=256), "block_k=256 must be at least 512"),
     (dict(block_k=192), "block_k=192 must be one of"),
     (dict(split_k=3), "split_k=3 must be one of"),
+    (dict(split_k=2, normalize=True), "normalize must be False with sum_zeros, split_k or a block_k of 64"),
     (dict(num_stages=1), "num_stages=1 must be at least 2"),
     (dict(block_k=64), "block_k=64 must be at least 128"),
     (dict(num_stages=40), "num_stages=40 of .* must be at most 12 to fit shared memory"),
@@ -274,7 +295,7 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
 @pytest.mark.parametrize("programs", [1, 2, 4])
 def test_every_program_has_steps_and_every_step_a_program(programs):
   for total in range(programs, 70):
-    runs = [hopper_matmul._run_of_steps(program, total, programs) for program in range(programs)]
+    runs = [hopper_program._run_of_steps(program, total, programs) for program in range(programs)]
     assert min(count for _, count in runs) >= 1
     assert [int(first) + i for first, count in runs for i in range(count)] == list(range(total))
 

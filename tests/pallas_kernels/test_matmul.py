@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import IMPLEMENTATIONS, MatmulProblem, choose_implementation, hardware, layout, layout24, matmul
-from pallas_kernels.heuristics import HEURISTICS
+from pallas_kernels import (
+  IMPLEMENTATIONS,
+  MatmulProblem,
+  choose_implementation,
+  hardware,
+  heuristics,
+  layout,
+  layout24,
+  matmul,
+)
 from tests.pallas_kernels import problems
 
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -22,8 +30,11 @@ CUDA = hardware.Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
 
 
 gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
-DENSE = ["reference", "interpreted", gpu("triton"), gpu("hopper")]
-SPARSE = ["reference of 2:4", "interpreted of 2:4", gpu("triton24"), gpu("hopper of 2:4")]
+DENSE = ["reference", "interpreted", "dequantize interpreted", gpu("triton"), gpu("dequantize"), gpu("hopper")]
+SPARSE = [
+  *("reference of 2:4", "interpreted of 2:4", "dequantize interpreted of 2:4"),
+  *(gpu("triton24"), gpu("dequantize of 2:4"), gpu("hopper of 2:4")),
+]
 
 
 def runner(name: str):
@@ -37,6 +48,7 @@ def runner(name: str):
   how = {
     "reference": dict(implementation="reference"),
     "interpreted": dict(implementation=kernel, interpret=True),
+    "dequantize interpreted": dict(implementation="dequantize", interpret=True),
   }.get(name.removesuffix(" of 2:4"), dict(implementation=name.removesuffix(" of 2:4")))
 
   @functools.partial(jax.jit, static_argnames=("gated", "epsilon"))
@@ -80,8 +92,8 @@ def run_dense(request):
 
 def weight_dtype(name: str, m: int, group_size: int, dtype) -> np.dtype:
   """What an implementation says it rounds the dequantized weight to, if at all."""
-  rounds = name.startswith("hopper") and m > 64 and group_size > (64 if name.endswith("2:4") else 32)
-  return dtype if rounds else np.dtype(np.float64)
+  in_hopper = name.startswith("hopper") and m > 64 and group_size > (64 if name.endswith("2:4") else 32)
+  return dtype if in_hopper or name.startswith("dequantize") else np.dtype(np.float64)
 
 
 def cases(fixture: str, names: str, on_a_gpu: list, on_a_cpu: list):
@@ -270,7 +282,7 @@ def test_x_is_normalized_first(run, rng, m, k, n, groups, dtype):
   epsilon = 0.25
   wide = np.asarray(x, np.float64)
   factor = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + epsilon)
-  config = HEURISTICS["hopper"](problem_of(x, scales, run.name), 132)
+  config = heuristics.hopper_config(problem_of(x, scales, run.name), 132)
   if run.name.startswith("hopper") and config.normalizing(problem_of(x, scales, run.name)) is not None:
     normalized = np.asarray(x * scale, np.float64) * factor
   else:
@@ -299,16 +311,16 @@ def test_gated_columns_are_silu_of_the_gate_times_up(run, rng, m, k, n, dtype):
   codes = run.prune(codes)
   scales = scales / 4  # so that the gate is neither open nor shut everywhere
   bias = jnp.asarray(rng.normal(size=n), dtype)
-  sums = problems.expected(x, codes, scales) + np.asarray(bias, np.float64)
+  rounded = weight_dtype(run.name, m, 128, dtype)
+  sums = problems.expected(x, codes, scales, weight_dtype=rounded) + np.asarray(bias, np.float64)
   gates, ups = np.moveaxis(sums.reshape(m, n // 16, 2, 8), 2, 0).reshape(2, m, n // 2)
   open_by = 1 / (1 + np.exp(-gates))
   want = gates * open_by * ups
   y = run(x, codes, scales, bias=bias, gated=True)
   assert y.shape == (m, n // 2) and y.dtype == dtype
-  # Three roundings at the most, of gate, up and y; a gate's counts for as much as silu changes with it. Where the
-  # weights are rounded as well, that is as much again.
+  # Three roundings at the most, of gate, up and y; a gate's counts for as much as silu changes with it.
   changes = np.abs(gates * open_by * (1 + gates * (1 - open_by)) * ups) + 2 * np.abs(want)
-  rounding = 2.0 ** (-8 if dtype == BF16 else -11) * (2 if weight_dtype(run.name, m, 128, dtype) == dtype else 1)
+  rounding = 2.0 ** (-8 if dtype == BF16 else -11)
   error, bound = (np.linalg.norm(a, axis=0) for a in (np.asarray(y, np.float64) - want, rounding * changes))
   assert (error <= bound + 1e-6).all()  # of order 1, a float32 sum of K terms is off by some sqrt(K) 2^-24
 
@@ -365,11 +377,11 @@ def test_two_hundred_calls_on_the_gpu_give_the_same_bits(rng, m):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", (1, 16, 17, 64, 256))
+@pytest.mark.parametrize("m, implementation", [*((m, None) for m in (1, 16, 17, 64, 256)), (512, "dequantize")])
 @pytest.mark.parametrize("k, n", [(4096, 4096), (8192, 28672)])
-def test_real_layers_are_exact_on_the_gpu(rng, m, k, n):
+def test_real_layers_are_exact_on_the_gpu(rng, m, implementation, k, n):
   x, codes, scales = problems.cancel(rng, m, k, n, k // 128, BF16)
-  y = jax.jit(matmul)(x, layout.pack_codes(codes), scales)
+  y = jax.jit(functools.partial(matmul, implementation=implementation))(x, layout.pack_codes(codes), scales)
   want = jnp.dot(
     x.astype(jnp.float32),
     (codes.astype(jnp.float32) - 8) * scales.astype(jnp.float32)[:1],
@@ -442,6 +454,23 @@ def test_dispatch_is_a_table_of_devices():
     choose_implementation(problem(dtype=F32), CUDA)
   with pytest.raises(NotImplementedError, match=r"more than 2\^31 elements"):
     choose_implementation(MatmulProblem(m=1, n=2**17, k=2**17, group_size=128, dtype=BF16), CUDA)
+
+
+def test_of_many_rows_the_weight_is_dequantized_first_where_there_is_no_hopper_kernel():
+  ampere = dataclasses.replace(CUDA, kind="NVIDIA A100-SXM4-80GB", num_sms=108)
+  dense, sparse = heuristics._DEQUANTIZE_FROM, heuristics._DEQUANTIZE_FROM_SPARSE24
+  for sparse24, first, fused in ((False, dense, "triton"), (True, sparse, "triton24")):
+    problem = functools.partial(MatmulProblem, n=128, k=512, group_size=128, sparse24=sparse24)
+    for dtype in DTYPES:
+      assert choose_implementation(problem(m=first - 1, dtype=dtype), ampere) == fused
+      assert choose_implementation(problem(m=first, dtype=dtype), ampere) == "dequantize"
+      assert choose_implementation(problem(m=8 * first, dtype=dtype), ampere) == "dequantize"
+    on_hopper = "hopper" if jax.__version_info__ >= (0, 11) else "dequantize"
+    assert choose_implementation(problem(m=first, dtype=BF16), CUDA) == on_hopper
+  # Codes of 4 bits are a quarter of the bytes: they can be multiplied where their dequantized weight is too large.
+  large = MatmulProblem(m=dense, n=2**15, k=2**16, group_size=128, dtype=BF16)
+  assert choose_implementation(large, ampere) == "triton"
+  assert "dequantized weight of 65536 x 32768 has more than 2^31" in IMPLEMENTATIONS["dequantize"](large, ampere)
 
 
 def test_sparse_and_dense_weights_never_meet_the_kernel_of_the_other(h200):

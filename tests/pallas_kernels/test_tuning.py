@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import MatmulProblem, choose_implementation, heuristics, layout, layout24, matmul, tuning
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import HopperConfig
+from pallas_kernels.triton_dequantize import DequantizeConfig
 from pallas_kernels.triton_matmul import TritonConfig
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -80,7 +81,7 @@ def test_a_table_is_read_as_it_was_written(write):
     (dict(config=[]), r"row 0: config=\[\] must be of type dict"),
     (
       dict(implementation="cublas"),
-      r"row 0: implementation='cublas' must be one of \('hopper', 'triton', 'triton24'\)",
+      r"row 0: implementation='cublas' must be one of \('hopper', 'triton', 'triton24', 'dequantize'\)",
     ),
     (dict(implementation="hopper"), r"row 0, config: there is no field 'block_n'"),
     (dict(m="16"), r"row 0: m='16' must be of type int"),
@@ -177,6 +178,24 @@ def test_of_two_kernels_the_table_says_which_is_faster(shipped, write):
   assert choose_implementation(other, H200, tuned=write(ROW, slow, name="slow.json")) == "hopper"
   with pytest.raises(ValueError, match="is a table for 'NVIDIA L4'"):
     choose(tuned=write(ROW, device="NVIDIA L4", name="other.json"))
+
+
+def test_a_table_moves_the_rows_from_which_the_weight_is_dequantized(shipped, write):
+  card = Device(platform="cuda", kind="NVIDIA L4", num_sms=58)
+  config = DequantizeConfig(block_n=128, block_k=64, num_warps=8)
+  of_16 = dataclasses.replace(ROW, implementation="dequantize", config=config, time_us=7.4)
+  fused, dequantized = (dataclasses.replace(row, m=4096) for row in (ROW, of_16))
+  slow = dataclasses.replace(dequantized, time_us=7.6)
+  many = dataclasses.replace(PROBLEM, m=4000)
+  for name, rows, few_take, many_take in (
+    ("both", (ROW, of_16, fused, slow), "dequantize", "triton"),
+    ("fused", (ROW, fused), "triton", "dequantize"),
+    ("dequantized", (of_16, dequantized), "triton", "dequantize"),
+  ):
+    path = write(*rows, device=card.kind, name=f"{name}.json")
+    assert choose_implementation(PROBLEM, card, tuned=path) == few_take
+    assert choose_implementation(many, card, tuned=path) == many_take
+  assert tuning.config_for("dequantize", many, card, tuned=path) == config
 
 
 def test_a_table_for_another_device_is_refused(shipped, write):
