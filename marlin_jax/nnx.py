@@ -15,6 +15,7 @@ from marlin_jax.quantized import PACKED_FIELDS, Packed, QuantSpec, packed_of
 from marlin_jax.quantizers import Quantizer
 from marlin_jax.quantizers.rtn import quantize_rtn
 from marlin_jax.quantizers.sparse24 import quantize_sparse24
+from pallas_kernels import DeferredNorm, resolved
 
 
 class QuantParam(nnx.Variable):
@@ -125,16 +126,17 @@ class QuantLinear(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "*batch K"],
+    x: Float[Array, "*batch K"] | DeferredNorm,
     *,
-    norm: nnx.RMSNorm | None = None,
     residual: Float[Array, "*batch N"] | None = None,
-  ) -> Float[Array, "*batch N"]:
-    """y = norm(x) @ w + bias + residual, of which a kernel may do all; see `marlin_jax.quant_matmul` for the errors."""
-    return self._multiply(x, norm, residual)
+    norm: nnx.RMSNorm | None = None,
+  ) -> Float[Array, "*batch N"] | tuple[Float[Array, "*batch N"], Float[Array, "*batch N"] | DeferredNorm]:
+    """y = x @ w + bias + residual, or (y, norm(y)); see `marlin_jax.quant_matmul` for the errors."""
+    return self._multiply(x, residual, norm)
 
-  def _multiply(self, x: Array, norm: nnx.RMSNorm | None, residual: Array | None, *, gated: bool = False) -> Array:
-    x = x if self.dtype is None else x.astype(self.dtype)
+  def _multiply(self, x, residual, norm, *, gated: bool = False):
+    if self.dtype is not None and x.dtype != self.dtype:
+      x = resolved(x).astype(self.dtype)
     bias = None if self.bias is None else self.bias[...]
-    before = None if norm is None else (norm.scale[...], norm.epsilon)
-    return quant_matmul(x, self.packed, bias, residual, norm=before, gated=gated)
+    after = None if norm is None else (norm.scale[...], norm.epsilon)
+    return quant_matmul(x, self.packed, bias, residual, norm=after, gated=gated)

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matmul of a layer: leading batch dimensions around the kernel's two-dimensional product."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from marlin_jax.quantized import Packed
-from pallas_kernels import matmul
+from pallas_kernels import DeferredNorm, matmul
 
 
 def quant_matmul(
-  x: Float[Array, "*batch K"],
+  x: Float[Array, "*batch K"] | DeferredNorm,
   w: Packed,
   bias: Float[Array, " N"] | None = None,
   residual: Float[Array, "*batch N_out"] | None = None,
   *,
-  norm: tuple[Float[Array, " K"], float] | None = None,
+  norm: tuple[Float[Array, " N_out"], float] | None = None,
   gated: bool = False,
   implementation: str | None = None,
-) -> Float[Array, "*batch N_out"]:
+) -> Float[Array, "*batch N_out"] | tuple[Float[Array, "*batch N_out"], Float[Array, "*batch N_out"] | DeferredNorm]:
   """y[..., n] = sum_k x[..., k] * w[k, n] + bias[n] + residual[..., n], summed in float32, rounded to x's dtype.
 
   For inference: there is no gradient rule, differentiating it raises.
@@ -29,7 +30,7 @@ def quant_matmul(
     w: the packed weight, dense or 2:4 sparse. With a permutation, x is gathered before the product.
     bias: any float dtype.
     residual: added last, in x's dtype.
-    norm: (scale, epsilon) of a norm that x goes through first; see `pallas_kernels.matmul`.
+    norm: (scale, epsilon) of a norm of y, to be returned beside it; see `pallas_kernels.matmul`.
     gated: w is of `packing.interleave(gate, up)`, and y is silu(gate) * up of N / 2 columns.
     implementation: see `pallas_kernels.matmul`; None picks the kernel of the device, or the reference without a GPU.
 
@@ -42,13 +43,22 @@ def quant_matmul(
   if w.stack:
     raise ValueError(f"w is a stack {w.stack} of weights, must be one of them")
   *batch, k = x.shape
-  if w.permutation is not None:
-    x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
-    if norm is not None:  # the mean of the squares is that of the features in any order
-      norm = jnp.take(norm[0], w.permutation, unique_indices=True, mode="clip"), norm[1]
   rows = math.prod(batch)
-  x = x.reshape(rows, k)
+
+  def flat(x: Array) -> Array:
+    if w.permutation is not None:
+      x = jnp.take(x, w.permutation, axis=-1, unique_indices=True, mode="clip")
+    return x.reshape(rows, k)
+
+  # A mean square is that of the features in any order.
+  x = dataclasses.replace(x, scaled=flat(x.scaled)) if isinstance(x, DeferredNorm) else flat(x)
   residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
   options = dict(norm=norm, gated=gated, implementation=implementation)
   y = matmul(x, w.qweight, w.scales, w.zeros, w.meta, bias, residual, **options)
-  return y.reshape(*batch, y.shape[1])
+  if norm is None:
+    return y.reshape(*batch, y.shape[1])
+  y, normed = y
+  shape = (*batch, y.shape[1])
+  if isinstance(normed, DeferredNorm):
+    return y.reshape(shape), dataclasses.replace(normed, scaled=normed.scaled.reshape(shape))
+  return y.reshape(shape), normed.reshape(shape)

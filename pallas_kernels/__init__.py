@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """4- and 8-bit weight matmul kernels for JAX: arrays in, arrays out."""
 
+from pallas_kernels.deferred_norm import DeferredNorm, resolved
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.layout import pack_codes, qweight_shape, unpack_codes
 from pallas_kernels.matmul import IMPLEMENTATIONS, choose_implementation, matmul
@@ -8,6 +9,7 @@ from pallas_kernels.problem import MatmulProblem
 
 __all__ = [
   "IMPLEMENTATIONS",
+  "DeferredNorm",
   "Device",
   "MatmulProblem",
   "choose_implementation",
@@ -15,5 +17,6 @@ __all__ = [
   "matmul",
   "pack_codes",
   "qweight_shape",
+  "resolved",
   "unpack_codes",
 ]

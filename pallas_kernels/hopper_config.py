@@ -3,8 +3,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from pallas_kernels import layout
 from pallas_kernels.hardware import H200
 from pallas_kernels.hopper_reduce import PITCH
@@ -33,7 +31,6 @@ class HopperConfig:
       (its note C7513).
     sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
       weight. One more warpgroup adds up x.
-    normalize: scale the rows of x as a norm does, by one more warpgroup (hopper_norm.py); a program must see all of K.
     unroll: go once round the ring of stages in a turn of the loop, so that addresses are constants.
   """
 
@@ -46,7 +43,6 @@ class HopperConfig:
   scale_weights: bool = False
   decode_ahead: bool = True
   sum_zeros: bool = False
-  normalize: bool = False
   unroll: bool = False
 
   def __post_init__(self):
@@ -65,8 +61,6 @@ class HopperConfig:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
     if self.sum_zeros and self.scale_weights:
       raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
-    if self.normalize and (self.sum_zeros or self.split_k > 1 or self.block_k % 128):
-      raise ValueError(f"normalize must be False with sum_zeros, split_k or a block_k of 64, not {self}")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
     if self.block_k < least:
       raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
@@ -91,13 +85,8 @@ class HopperConfig:
 
   @property
   def warpgroups(self) -> int:
-    """Warpgroups that compute, the one that copies and the one that prepares x."""
-    return self.compute_warpgroups + 1 + self.prepares
-
-  @property
-  def prepares(self) -> bool:
-    """Whether a warpgroup does something with x before the others read it."""
-    return self.sum_zeros or self.normalize
+    """Warpgroups that compute, the one that copies and the one that adds up x."""
+    return self.compute_warpgroups + 1 + self.sum_zeros
 
   @property
   def reduces(self) -> bool:
@@ -136,18 +125,6 @@ class HopperConfig:
     """k of a step that one warpgroup sums before it scales."""
     return min(self.group_size(problem), self.block_k // self.warpgroups_k)
 
-  def normalizing(self, problem: MatmulProblem) -> "HopperConfig | None":
-    """This config with a norm of x inside, as far as shared memory goes; None where it takes a kernel before this one.
-
-    That is with more rows, which every program would scale again, and where no program sees all of K. float16 would
-    overflow: x is scaled before it is divided.
-    """
-    if problem.m > 16 or problem.dtype != jnp.bfloat16 or self.split_k > 1 or self.block_k % 128:
-      return None
-    config = dataclasses.replace(self, num_stages=2, sum_zeros=False, normalize=True)
-    most = config.max_stages(problem)
-    return dataclasses.replace(config, num_stages=min(self.num_stages, most)) if most >= 2 else None
-
   def unfit_reason(self, problem: MatmulProblem) -> str | None:
     """Why the kernel cannot compute `problem` with this config; None if it can."""
     group_size, tile_k, k = problem.group_size, problem.tile_k, problem.k
@@ -179,8 +156,6 @@ class HopperConfig:
     stage = words + self.block_m * self.block_k * 2 + groups * self.block_n * group_bytes
     if self.sum_zeros:
       stage += self.block_k // layout.TILE * self.block_m * 4
-    if self.normalize:
-      stage += self.block_k * 2
     size = 4 if self.reduces else 2
     y = 0 if self.y_in_ring else self.compute_warpgroups * self.block_m * PITCH[size] * size
     return (H200.shared_memory - y - 2048) // stage

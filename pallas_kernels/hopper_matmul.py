@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int16
+from jaxtyping import Array, Float, Float32, Int16
 
 from pallas_kernels import layout
 from pallas_kernels.hardware import Device
@@ -48,12 +48,13 @@ def matmul_hopper(
   meta: Int16[Array, "N_tiles K_tiles 32 16"] | None = None,
   bias: Float[Array, " N"] | None = None,
   residual: Float[Array, "M N_out"] | None = None,
-  norm: Float[Array, " K"] | None = None,
+  squares: Float32[Array, "T M"] | None = None,
+  norm: Float[Array, " N"] | None = None,
   *,
   epsilon: float = 0.0,
   gated: bool = False,
   config: HopperConfig,
-) -> Float[Array, "M N_out"]:
+) -> Float[Array, "M N_out"] | tuple[Float[Array, "M N"], Float[Array, "M N"], Float32[Array, "N_tiles M"]]:
   """y = x @ (scales * (codes - zeros)) + bias + residual, dequantized in registers, summed in float32.
 
   The same bits at every call. 2:4 sparse weights go to sparse tensor cores: x is not multiplied where one is pruned,
@@ -67,11 +68,14 @@ def matmul_hopper(
     meta: positions of kept codes (layout24.py); None of a dense weight.
     bias: added in float32, before rounding.
     residual: added to what is said here, last; x's dtype.
-    norm: with config.normalize, the scale of a norm in x's dtype; x is then x / sqrt(mean(x^2) + epsilon) * norm, where
-      x * norm is rounded to x's dtype and the rest is float32.
-    epsilon: of the norm.
+    squares: sums of the squares of what x stands for before a norm, which is x / sqrt(sum(squares) / K + epsilon).
+    norm: the scale of a norm that comes after, in x's dtype; N must be a multiple of 64 and nothing gated.
+    epsilon: of the norm before.
     gated: columns are gates and ups in turns (layout.py), and y is silu(gate) * up, N / 2 columns.
     config: block sizes; see HopperConfig.
+
+  Returns:
+    y; with norm (y, y * norm, the sums of the squares of y, 64 columns each), of y before it is rounded.
 
   Raises:
     ValueError: neither of config's block_k and the group size divides the other, config scales weights of groups of
@@ -84,8 +88,6 @@ def matmul_hopper(
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   if reason := config.unfit_reason(problem):
     raise ValueError(reason)
-  if config.normalize != (norm is not None):
-    raise ValueError(f"normalize={config.normalize} must be True with a norm and False without one")
   c = config
   runs = c.groups_per_stage(problem)
   tiles, planes = c.block_k // problem.tile_k, problem.bits // 4
@@ -96,12 +98,13 @@ def matmul_hopper(
     scales=_pad(scales, 1, 8),
     zeros=None if zeros is None else _pad(zeros.astype(x.dtype), 1, 8),
     meta=None if meta is None else meta.reshape(n_tiles, k_tiles, 4, 128),
-    norm=None if norm is None else _pad(norm[None], 1, layout.TILE).reshape(-1, layout.TILE),
   )
   copied = {name: operand for name, operand in copied.items() if operand is not None}
   others = dict(
     bias=None if bias is None else _pad(bias[None], 1, c.block_n)[0],
     residual=None if residual is None else _pad(residual, 1, 8),
+    squares=squares,
+    norm=norm,
   )
   operands = copied | {name: operand for name, operand in others.items() if operand is not None}
   SMEM, stages = plgpu.SMEM, c.num_stages
@@ -115,21 +118,16 @@ def matmul_hopper(
     scales=SMEM((stages, runs, c.block_n), scales.dtype),
     zeros=SMEM((stages, runs, c.block_n), x.dtype),
     meta=SMEM((stages, c.warpgroups_n, tiles, 4, 128), jnp.int16),
-    norm=SMEM((stages, c.block_k // layout.TILE, layout.TILE), x.dtype),
   )
   ring = {name: ring[name] for name in copied}
   y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
-  prepared = {}
-  if c.sum_zeros:
-    prepared["sums"] = SMEM((stages, c.block_k // c.segment(problem), c.block_m), jnp.float32)
-  if c.normalize:
-    prepared["squares"] = SMEM((c.block_m // 8, 128), jnp.float32)
-    prepared["factors"] = SMEM((c.block_m,), jnp.float32)
-  y = plgpu.kernel(
+  y_out = jax.ShapeDtypeStruct((m, copied["scales"].shape[1] // (1 + gated)), x.dtype)
+  outputs = (y_out,) if norm is None else (y_out, y_out, jax.ShapeDtypeStruct((n_tiles, m), jnp.float32))
+  y, *others = plgpu.kernel(
     functools.partial(
       program, names=tuple(operands), config=c, problem=problem, gated=gated, k_tiles=k_tiles, epsilon=epsilon
     ),
-    out_type=jax.ShapeDtypeStruct((m, copied["scales"].shape[1] // (1 + gated)), x.dtype),
+    out_type=outputs,
     scratch_types=[
       plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
       plgpu.Barrier(num_arrivals=len(copied), num_barriers=stages),
@@ -137,8 +135,9 @@ def matmul_hopper(
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
       plgpu.Barrier(num_arrivals=c.compute_warpgroups),
-      prepared,
+      SMEM((stages, c.block_k // c.segment(problem), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
       plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+      () if squares is None else (SMEM((128,), jnp.float32), SMEM((c.block_m,), jnp.float32)),
       plgpu.Barrier(num_arrivals=1),
     ],
     grid=(-(-n_tiles // c.warpgroups_n), -(-m // c.block_m)),
@@ -152,7 +151,8 @@ def matmul_hopper(
       unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
   )(*operands.values())
-  return y[:, : n // (1 + gated)]
+  y = y[:, : n // (1 + gated)]
+  return y if norm is None else (y, *others)
 
 
 def _pad(array, rows: int, columns: int):

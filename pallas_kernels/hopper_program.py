@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import layout
 from pallas_kernels.hopper_config import FEW_REGISTERS
 from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, decode_tile, mma_issue, mma_wait
-from pallas_kernels.hopper_norm import scale_rows, write_factors
+from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
 
@@ -20,9 +20,9 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
 
   One program: block_n columns x block_m rows x one of split_k runs of K, a run of block_k steps in a ring of stages.
 
-    copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`
-    preparing warpgroup     with sum_zeros or a norm: wait for `full`, add up the stage's x, or scale it in place and
-                              add up its squares, arrive on `prepared`
+    copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`; then,
+                              with a deferred norm, what its rows are divided by (hopper_norm.py), arrive on `factored`
+    adding warpgroup        with sum_zeros: wait for `full`, add up the stage's x, arrive on `summed`
     computing warpgroup     wgmma of tile t on 64 columns . x^T   (asynchronous)
       (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
       and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
@@ -30,7 +30,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
     the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
                               rows in the order of K and writes it (hopper_reduce.py)
 
-  With a norm x[m, k] stands for x[m, k] / rms(x[m]) * norm[k] (hopper_norm.py).
+  With a deferred norm x stands for x / rms, and with a norm to come y * norm and y's squares are written as well.
 
   With 2:4 sparse weights a tile of 64 columns has 128 k and 64 kept codes of each column, and the words of their
   positions go the way of those of the codes, to the tensor cores.
@@ -38,7 +38,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
   Out of range, TMA reads zeros: x and scales are zero there, whatever the codes.
   """
   gmem = dict(zip(names, refs[: len(names)], strict=True))  # the operands that there are
-  y_gmem, ring, full, empty, ready, done, consumed, of_x, prepared, summed = refs[len(names) :]
+  *outputs, ring, full, empty, ready, done, consumed, sums_smem, summed, factors, factored = refs[len(names) :]
   smem, y_smem = ring  # the stages of what is copied, by the names of the operands
   c, tile_k = config, problem.tile_k
   stages, tiles = c.num_stages, c.block_k // tile_k
@@ -75,27 +75,25 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
       copy("x", pl.ds(mb * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k))
       copy("scales", groups, columns)
       copy("zeros", groups, columns)
-      copy("norm", pl.ds(step * (c.block_k // layout.TILE), c.block_k // layout.TILE))
 
-  if c.prepares:
+    if "squares" in gmem:
+      partial_smem, factors_smem = factors
+      rows = dict(first_row=mb * c.block_m, features=problem.k, epsilon=epsilon)
+      write_factors(gmem["squares"], partial_smem, factors_smem, **rows)
+      plgpu.barrier_arrive(factored)
+
+  if c.sum_zeros:
 
     @pl.when(wg == c.compute_warpgroups + 1)
-    def prepare():
+    def add_up_x():
       plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
       @pl.loop(0, steps)
       def _(t):
         stage = lax.rem(t, stages)
         plgpu.barrier_wait(full.at[stage])
-        if c.sum_zeros:
-          negative_row_sums(smem["x"], of_x["sums"], stage)
-        else:
-          scale_rows(smem["x"], smem["norm"], of_x["squares"], stage, t)
-        plgpu.barrier_arrive(prepared.at[stage])
-
-      if c.normalize:
-        write_factors(of_x["squares"], of_x["factors"], features=problem.k, epsilon=epsilon)
-        plgpu.barrier_arrive(summed)
+        negative_row_sums(smem["x"], sums_smem, stage)
+        plgpu.barrier_arrive(summed.at[stage])
 
   @pl.when(wg < c.compute_warpgroups)
   def compute():
@@ -158,9 +156,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
 
     def multiply(stage, acc, w, following):
       """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
-      partial, prepared_waited = acc if c.scale_weights else None, False
-      if c.normalize:
-        plgpu.barrier_wait(prepared.at[stage])
+      partial, summed_waited = acc if c.scale_weights else None, False
       for tile in range(tiles_each):
         x = smem["x"].at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
         w, positions = w
@@ -182,11 +178,11 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
           of_halves = [of_group("scales", stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
         if c.sum_zeros and group_ends:
           zeros = of_group("zeros", stage, tile * tile_k)
-          if not prepared_waited:
-            plgpu.barrier_wait(prepared.at[stage])
-            prepared_waited = True
+          if not summed_waited:
+            plgpu.barrier_wait(summed.at[stage])
+            summed_waited = True
           x_sums = plgpu.load(
-            of_x["sums"].at[stage, index(tile * tile_k, segment)],
+            sums_smem.at[stage, index(tile * tile_k, segment)],
             layout=plgpu.Layout.WGMMA.reduce(0),
             optimized=False,
           )
@@ -227,7 +223,7 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
       return carry
 
     zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    begin = zero if c.normalize else beginning()
+    begin = zero if "squares" in gmem else beginning()
     plgpu.barrier_wait(full.at[0])
     carry, turns = (begin, fragment(0, 0)), 0
     if c.unroll:
@@ -235,10 +231,10 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
       carry = lax.fori_loop(0, turns, turn, carry)
     acc, _ = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
 
-    if c.normalize:
-      plgpu.barrier_wait(summed)
-      factors = plgpu.load(of_x["factors"], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-      acc = acc * lax.broadcast_in_dim(factors, acc.shape, [1]) + beginning()
+    if "squares" in gmem:
+      plgpu.barrier_wait(factored)
+      by = plgpu.load(factors[1], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+      acc = acc * lax.broadcast_in_dim(by, acc.shape, [1]) + beginning()
 
     with jax.named_scope("reduce"):
       if c.y_in_ring:  # y_smem is where the ring was
@@ -250,8 +246,9 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
         plgpu.barrier_wait(ready.at[column_tile])
       write_rows(
         y_smem,
-        y_gmem,
+        outputs,
         gmem.get("residual"),
+        gmem.get("norm"),
         slot=column_tile * c.warpgroups_k,
         share=share,
         first_row=mb * c.block_m,

@@ -12,6 +12,8 @@ before they are stored, since a thread has the sums of both.
 Nothing goes through device memory but y itself, no second kernel runs, and the order of additions never changes.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -68,16 +70,20 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
 
 
 def write_rows(
-  y_smem, y_gmem, residual_gmem, *, slot, share, first_row, first_column, slots: int, programs: int, gated: bool
+  y_smem, outputs, residual_gmem, norm_gmem, *, slot, share, first_row, first_column, slots, programs, gated: bool
 ):
-  """y_gmem[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
+  """y[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
-  If gated, with half the columns: silu(gate) * up of the sums. A residual is added to that.
+  If gated, with half the columns: silu(gate) * up of the sums. A residual is added to that. With a norm to come, also
+  scaled = y * norm and squares[first_column / 64, first_row + m] = sum of y^2 over 64 columns, of y before it is
+  rounded.
 
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
-    y_gmem: [M, N] with N a multiple of 8; what lies beyond M and N is not written.
+    outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With norm_gmem also scaled, like
+      y, and squares [N / 64, M] in float32.
     residual_gmem: [M, N] in y's dtype, or None.
+    norm_gmem: [N] in y's dtype, with N a multiple of 64 and nothing gated; or None.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
@@ -88,22 +94,22 @@ def write_rows(
   threads_a_row = 4 if gated else 8  # which have 8 columns of y each
   rows_a_pass = 128 // threads_a_row
   width = 16 if gated and reducing else 8  # columns of sums for these
-  convert = f"cvt.rn.{'bf16x2' if y_gmem.dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
+  convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
 
-  def write(ctx, y_ref, y_out, slot, share, first_row, first_column, residual=None):
+  def write(ctx, y_ref, slot, share, first_row, first_column, *refs):
     del ctx
     slot, share, first_row, first_column = (
       scalar.registers.item() for scalar in (slot, share, first_row, first_column)
     )
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    m_end, n_end = ir.MemRefType(y_out.type).shape
+    pair = ir.VectorType.get((2,), ir.MemRefType(refs[0].type).element_type)
+    m_end, n_end = ir.MemRefType(refs[0].type).shape
+    gmem = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
+    residual = None if residual_gmem is None else gmem[len(outputs)]
     if programs > 1:
       asm_void(_ACQUIRE)
     local, place = (divide(_thread(), _i32(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
-    gmem, residual_gmem = (
-      None if ref is None else llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (y_out, residual)
-    )
     n = arith.addi(first_column, arith.muli(place, _i32(8)))
 
     def address(slot, row):
@@ -122,12 +128,31 @@ def write_rows(
         values += asm([f32] * 4, [address(slot, row), _i32(program)], text, "=f,=f,=f,=f,r,r")
       return values
 
-    def pairs(words):
-      """The float32 values of words of two 16-bit floats."""
-      pair = ir.VectorType.get((2,), ir.MemRefType(y_out.type).element_type)
+    def load_words(base, element):
+      """Eight 16-bit floats of device memory, as words of two."""
+      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
+      return asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
+
+    def store(base, element, values):
+      words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
+      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
+      asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
+
+    def floats(words):
       vectors = [mgpu.utils.bitcast(word, pair) for word in words]
       return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
 
+    def add(a, b):
+      return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
+
+    def multiply(a, b):
+      return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
+
+    if norm_gmem is not None:
+      norm = floats(load_words(gmem[-1], arith.extui(i64, arith.minui(n, _i32(n_end - 8)))))
+      # Eight threads have a row, and are all inside or all outside.
+      text = "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 24; shl.b32 $0, 255, lane; }"
+      same_row = asm([i32], [], text, "=r")[0]
     for first in range(0, rows, rows_a_pass):
       mine = arith.addi(_i32(first), local)
       row = arith.addi(arith.muli(share, _i32(rows)), mine)
@@ -137,33 +162,39 @@ def write_rows(
       )
       with mgpu.utils.when(inside):
         element = arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
-        offset = arith.muli(element, mgpu.c(2, i64))
         if residual is not None:  # first of all: it takes longest
-          there = arith.addi(residual_gmem, offset)
-          addends = asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
+          addends = load_words(residual, element)
         if reducing:
           total = None
           for program in range(programs):
             for i in range(slots):
               values = load(arith.addi(slot, _i32(i)), row, program)
-              total = values if total is None else [arith.addf(a, b) for a, b in zip(total, values, strict=True)]
+              total = values if total is None else add(total, values)
           if gated:
             total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
         else:
           words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
-          total = None if residual is None else pairs(words)
+          total = floats(words)
         if residual is not None:
-          total = [arith.addf(a, b) for a, b in zip(total, pairs(addends), strict=True)]
-        if total is not None:
-          words = [asm([i32], [total[i + 1], total[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
-        out = arith.addi(gmem, offset)
-        asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [out, *words], "l,r,r,r,r")
+          total = add(total, floats(addends))
+        store(gmem[0], element, total)
+        if norm_gmem is not None:
+          store(gmem[1], element, multiply(total, norm))
+          square = functools.reduce(arith.addf, multiply(total, total))
+          for distance in (1, 2, 4):
+            exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
+            square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
+          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, _i32(0))):
+            tile = arith.divui(first_column, _i32(layout.TILE))
+            there = arith.extui(i64, arith.addi(arith.muli(tile, _i32(m_end)), m))
+            there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
+            asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
-  residual = () if residual_gmem is None else (residual_gmem,)
-  types = (plgpu.RefType(()),) * 2 + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(residual)
-  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, y_gmem, slot, share, first_row, first_column, *residual)
+  refs = (*outputs, *(ref for ref in (residual_gmem, norm_gmem) if ref is not None))
+  types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(refs)
+  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
 
 
 def _silu_times(gate, up):

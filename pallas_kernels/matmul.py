@@ -18,6 +18,7 @@ from pallas_kernels import (
   tuning,
 )
 from pallas_kernels.add_norm import rms_norm
+from pallas_kernels.deferred_norm import DeferredNorm, resolved
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.problem import MatmulProblem
 
@@ -61,7 +62,7 @@ def choose_implementation(
 
 
 def matmul(
-  x: Float[Array, "M K"],
+  x: Float[Array, "M K"] | DeferredNorm,
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
   scales: Float[Array, "G N"],
   zeros: Float[Array, "G N"] | None = None,
@@ -69,20 +70,21 @@ def matmul(
   bias: Float[Array, " N"] | None = None,
   residual: Float[Array, "M N_out"] | None = None,
   *,
-  norm: tuple[Float[Array, " K"], float] | None = None,
+  norm: tuple[Float[Array, " N_out"], float] | None = None,
   gated: bool = False,
   implementation: str | None = None,
   interpret: bool = False,
   tuned: str | Path | None = None,
-) -> Float[Array, "M N_out"]:
+) -> Float[Array, "M N_out"] | tuple[Float[Array, "M N_out"], Float[Array, "M N_out"] | DeferredNorm]:
   """y[m, n] = sum_k x[m, k] * scales[k // (K / G), n] * (codes[k, n] - zeros[k // (K / G), n]) + bias[n].
 
-  A residual may be added to it, and x be normalized before. All is summed in float32 and rounded once; the Triton
-  kernels round once more before they add the residual. `dequantize` rounds the weight to x's dtype before, and so does
-  `hopper` of more than 64 rows, unless groups are small.
+  A residual may be added to it. All is summed in float32 and rounded once; the Triton kernels round once more before
+  they add the residual. `dequantize` rounds the weight to x's dtype before, and so does `hopper` of more than 64 rows,
+  unless groups are small.
 
   Args:
-    x: bfloat16, float16 or (reference only) float32; M may be 0.
+    x: bfloat16, float16 or (reference only) float32; M may be 0. Or what a product with a norm returned: the Hopper
+      kernel divides its sums instead of x.
     qweight: codes of 4 or 8 bits in kernel order, from `layout.pack_codes`; its shape says which. With meta, the kept
       codes of a 2:4 sparse weight of 4 bits, from `layout24.pack_codes`.
     scales: one row per group of K / G consecutive k; G = 1 is one group per column. Any float dtype.
@@ -92,9 +94,7 @@ def matmul(
       pruned, a NaN or Inf of x may pass: sparse tensor cores do not multiply there, the others multiply with zero.
     bias: added to the sums; any float dtype.
     residual: added last, to what is gated if that is asked for; in x's dtype.
-    norm: (scale, epsilon) of a root-mean-square norm that x goes through first: x / sqrt(mean(x^2) + epsilon) * scale,
-      rounded to x's dtype. The Hopper kernel normalizes bfloat16 of up to 16 rows itself, with x * scale rounded;
-      otherwise it is a kernel of its own.
+    norm: (scale, epsilon) of a root-mean-square norm of y, y / sqrt(mean(y^2) + epsilon) * scale, to be returned too.
     gated: columns are gates and ups in turns (`layout.gated_order`), and y is silu(gate) * up, N / 2 columns. All
       kernels but `hopper` round gate and up to x's dtype before.
     implementation: a name of IMPLEMENTATIONS, used or refused, never replaced. None takes `choose_implementation`'s.
@@ -103,7 +103,8 @@ def matmul(
       environment variable MARLIN_JAX_TUNED names, if it does. Read when a program is traced.
 
   Returns:
-    y in x's dtype. The same inputs give the same bits at every call.
+    y in x's dtype, or (y, y normed). The Hopper kernel leaves a DeferredNorm in bfloat16, where N is a multiple of 64;
+    else it takes one more kernel. The same inputs give the same bits at every call.
 
   Raises:
     ValueError: shapes do not belong together, the name is unknown, or a table is not what it must be.
@@ -126,8 +127,8 @@ def matmul(
     raise ValueError(f"n={n} must be a multiple of 16 for gated columns")
   if residual is not None and (residual.shape, residual.dtype) != (shape := (m, n // (1 + gated)), x.dtype):
     raise ValueError(f"residual is {residual.dtype} {residual.shape}, must be {x.dtype} {shape}")
-  if norm is not None and norm[0].shape != (k,):
-    raise ValueError(f"the norm's scale has shape {norm[0].shape}, must have {(k,)} for x {x.shape}")
+  if norm is not None and norm[0].shape != (n // (1 + gated),):
+    raise ValueError(f"the norm's scale has shape {norm[0].shape}, must have {(n // (1 + gated),)}")
   kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
@@ -138,30 +139,36 @@ def matmul(
   elif reason := IMPLEMENTATIONS[implementation](problem, device):
     raise NotImplementedError(f"implementation {implementation!r} does not cover {problem}: {reason}")
   if m == 0:
-    return jnp.zeros((0, n // (1 + gated)), x.dtype)
+    y = jnp.zeros((0, n // (1 + gated)), x.dtype)
+    return y if norm is None else (y, y)
   if implementation == "reference":
-    x = x if norm is None else reference.rms_norm(x, *norm)
-    return reference.matmul_reference(x, qweight, scales, zeros, meta, bias, residual, gated=gated)
+    y = reference.matmul_reference(resolved(x), qweight, scales, zeros, meta, bias, residual, gated=gated)
+    return y if norm is None else (y, reference.rms_norm(y, *norm))
   # Interpret mode computes what any config computes: no table is for it.
   config = (
     heuristics.HEURISTICS[implementation](problem, device.num_sms)
     if interpret
     else tuning.config_for(implementation, problem, device, tuned=tuned)
   )
-  if norm is not None:
-    scale, epsilon = norm
-    inside = config.normalizing(problem) if implementation == "hopper" and scale.dtype == x.dtype else None
-    if inside is not None:
-      options = dict(epsilon=epsilon, gated=gated, config=inside)
-      return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, residual, scale, **options)
-    x = rms_norm(x, scale, epsilon=epsilon, interpret=interpret)
   if implementation == "hopper":
-    return hopper_matmul.matmul_hopper(x, qweight, scales, zeros, meta, bias, residual, gated=gated, config=config)
-  if implementation == "triton24":
-    y = triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, config=config, interpret=interpret)
-  elif implementation == "dequantize":
-    y = triton_dequantize.matmul_dequantize(x, qweight, scales, zeros, meta, bias, config=config, interpret=interpret)
+    # float16 could overflow: what is left to the next product is not yet divided.
+    defers = norm is not None and norm[0].dtype == x.dtype == jnp.bfloat16 and n % layout.TILE == 0 and not gated
+    rows, squares, before = (x.scaled, x.squares, x.epsilon) if isinstance(x, DeferredNorm) else (x, None, 0.0)
+    scale = norm[0] if defers else None
+    operands = rows, qweight, scales, zeros, meta, bias, residual, squares, scale
+    y = hopper_matmul.matmul_hopper(*operands, epsilon=before, gated=gated, config=config)
+    if defers:
+      y, scaled, squares = y
+      return y, DeferredNorm(scaled=scaled, squares=squares, epsilon=norm[1])
   else:
-    y = triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, config=config, interpret=interpret)
-  y = reference.gate(y) if gated else y
-  return y if residual is None else y + residual
+    options = dict(config=config, interpret=interpret)
+    x = resolved(x)
+    if implementation == "triton24":
+      y = triton_matmul24.matmul_triton24(x, qweight, meta, scales, bias, **options)
+    elif implementation == "dequantize":
+      y = triton_dequantize.matmul_dequantize(x, qweight, scales, zeros, meta, bias, **options)
+    else:
+      y = triton_matmul.matmul_triton(x, qweight, scales, zeros, bias, **options)
+    y = reference.gate(y) if gated else y
+    y = y if residual is None else y + residual
+  return y if norm is None else (y, rms_norm(y, norm[0], epsilon=norm[1], interpret=interpret))

@@ -112,8 +112,8 @@ class _Tap:
 
 def _call(layer: Any, hidden: Array, config: ModelConfig) -> Array:
   positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
-  x, delta, _ = layer(hidden, None, positions, rope_table(config, positions), None)
-  return x if delta is None else x + delta
+  x, _, _ = layer(hidden, layer.input_norm(hidden), positions, rope_table(config, positions), None)
+  return x
 
 
 @partial(jax.jit, static_argnames=("structure", "config"))

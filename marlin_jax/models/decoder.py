@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache
 from marlin_jax.models.layers import DecoderLayer, rope_table
-from marlin_jax.models.residual import add_norm
-from pallas_kernels import current_device
+from pallas_kernels import current_device, resolved
 from pallas_kernels.decode_attention import unsupported_reason
 
 
@@ -42,10 +41,11 @@ class Decoder(nnx.Module):
     """Logits at every position of a full causal forward pass; no cache, differentiable."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     rope = rope_table(self.config, positions)
-    x, delta = self.embed(tokens), None
-    for layer in self.layers:
-      x, delta, _ = layer(x, delta, positions, rope, None)
-    return self.logits(add_norm(self.norm, x, delta, fused=False)[1])
+    x = self.embed(tokens)
+    normed = self.layers[0].input_norm(x)
+    for layer, norm in zip(self.layers, self._norms_after(), strict=True):
+      x, normed, _ = layer(x, normed, positions, rope, None, norm)
+    return self.logits(resolved(normed))
 
   def hidden(
     self, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache
@@ -60,14 +60,18 @@ class Decoder(nnx.Module):
     rope = rope_table(self.config, positions)
     # One token a row is the decode step: its small operations cost more in launches and gaps than in work.
     fused = tokens.shape[1] == 1 and not unsupported_reason(self.dtype, self.config.head_dim, current_device())
-    x, delta = self.embed(tokens), None
+    x = self.embed(tokens)
+    normed = self.layers[0].input_norm(x)
     keys, values = [], []
-    for layer, layer_keys, layer_values in zip(self.layers, cache.keys, cache.values, strict=True):
-      x, delta, (layer_keys, layer_values) = layer(x, delta, positions, rope, (layer_keys, layer_values), fused=fused)
+    for layer, norm, *cached in zip(self.layers, self._norms_after(), cache.keys, cache.values, strict=True):
+      x, normed, (layer_keys, layer_values) = layer(x, normed, positions, rope, tuple(cached), norm, fused=fused)
       keys.append(layer_keys)
       values.append(layer_values)
-    _, hidden = add_norm(self.norm, x, delta, fused=fused)
-    return hidden, KVCache(keys=tuple(keys), values=tuple(values))
+    return resolved(normed), KVCache(keys=tuple(keys), values=tuple(values))
+
+  def _norms_after(self) -> list[nnx.RMSNorm]:
+    """The norm of what each layer returns: that of the next layer, and the model's."""
+    return [layer.input_norm for layer in self.layers[1:]] + [self.norm]
 
   def logits(self, hidden: Float[Array, "... E"]) -> Float32[Array, "... V"]:
     """The head alone: the scores of the vocabulary for hidden states that `hidden` returned."""

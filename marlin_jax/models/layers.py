@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Float32, Int
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.mlp import MLP, MoE
-from marlin_jax.models.residual import before, normed, onto
+from marlin_jax.models.residual import onto, read
+from pallas_kernels import DeferredNorm
 from pallas_kernels.decode_attention import decode_attention
 
 Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
@@ -96,48 +97,45 @@ class Attention(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "B T E"],
+    x: Float[Array, "B T E"] | DeferredNorm,
+    residual: Float[Array, "B T E"],
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
-    residual: Float[Array, "B T E"],
     norm: nnx.RMSNorm | None = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | None, tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, tuple[Array, Array]]:
     """Attend among the tokens of x (cached is None), or write their keys and values into `cached` and attend to it.
 
-    Without a cache the tokens of x stand at positions 0 .. T-1. Returns `onto(o_proj, attended, residual)` and the keys
-    and values attended to. `norm` is still to be done to x, if it is not None. `fused` takes the kernel for one token
-    a row, which needs a cache.
+    Without a cache the tokens of x stand at positions 0 .. T-1. Returns s = residual + the output, norm(s) as of
+    `residual.onto`, and the keys and values attended to. `fused` takes the kernel for one token a row, which needs a
+    cache.
     """
-    queries, keys, values = self._project(x, norm)
+    queries, keys, values = self._project(x)
     if fused:
       assert cached is not None
       qkv = jnp.concatenate([queries, keys, values], axis=2)[:, 0]
       cos, sin = rope
       attended, *cached = decode_attention(qkv, *cached, positions[:, 0], cos[:, 0], sin[:, 0], window=self.window)
-      return *onto(self.o_proj, attended.reshape(*x.shape[:2], -1), residual), tuple(cached)
-    queries, keys = rotate(queries, rope), rotate(keys, rope)
-    if cached is not None:
-      start = positions[:, 0]
-      keys, values = write(cached[0], keys, start), write(cached[1], values, start)
-    return *onto(self.o_proj, attend(queries, keys, values, positions, self.window), residual), (keys, values)
+      attended, cached = attended.reshape(*x.shape[:2], -1), tuple(cached)
+    else:
+      queries, keys = rotate(queries, rope), rotate(keys, rope)
+      if cached is not None:
+        start = positions[:, 0]
+        keys, values = write(cached[0], keys, start), write(cached[1], values, start)
+      attended, cached = attend(queries, keys, values, positions, self.window), (keys, values)
+    return *onto(self.o_proj, attended, residual, norm, fused=fused), cached
 
-  @property
-  def reader(self) -> nnx.Module | None:
-    """The layer that reads the input, if it is one alone."""
-    return getattr(self, "qkv_proj", None)
-
-  def _project(self, x: Float[Array, "B T E"], norm: nnx.RMSNorm | None) -> tuple[Array, Array, Array]:
-    """The queries, keys and values of norm(x), [B, T, heads, D], not rotated."""
+  def _project(self, x: Float[Array, "B T E"] | DeferredNorm) -> tuple[Array, Array, Array]:
+    """The queries, keys and values of x, [B, T, heads, D], normed but not rotated."""
     config = self.config
     if hasattr(self, "qkv_proj"):
-      heads = normed(self.qkv_proj, x, norm).reshape(*x.shape[:2], -1, config.head_dim)
+      heads = read(self.qkv_proj, x).reshape(*x.shape[:2], -1, config.head_dim)
       queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
     else:
       projections = (self.q_proj, self.k_proj, self.v_proj)
-      queries, keys, values = (project(x).reshape(*x.shape[:2], -1, config.head_dim) for project in projections)
+      queries, keys, values = (read(project, x).reshape(*x.shape[:2], -1, config.head_dim) for project in projections)
     if config.qk_norm:
       queries, keys = self.q_norm(queries), self.k_norm(keys)
     return queries, keys, values
@@ -159,19 +157,17 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B T E"],
-    delta: Float[Array, "B T E"] | None,
+    normed: Float[Array, "B T E"] | DeferredNorm,
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
+    norm: nnx.RMSNorm | None = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | None, tuple[Array, Array]]:
-    """(x, delta, cached) of the next layer; what a layer gets is x + delta, left to be added where it is normed.
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, tuple[Array, Array]]:
+    """(x, norm(x), cached) after this layer, of x and its `normed` by `input_norm`; `norm` is that of what comes after.
 
-    Quantized layers add themselves, and leave no delta. `fused` takes kernels for what is between the products; see
-    `Attention`.
+    `fused` takes kernels for what is between the products; see `Attention`.
     """
-    x, y, norm = before(self.attention.reader, self.input_norm, x, delta, fused=fused)
-    x, delta, cached = self.attention(y, positions, rope, cached, x, norm, fused=fused)
-    x, y, norm = before(self.mlp.reader, self.post_attention_norm, x, delta, fused=fused)
-    return *self.mlp(y, x, norm), cached
+    x, normed, cached = self.attention(normed, x, positions, rope, cached, self.post_attention_norm, fused=fused)
+    return *self.mlp.onto(x, normed, norm, fused=fused), cached

@@ -7,7 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from marlin_jax.models.config import ModelConfig, MoEConfig
-from marlin_jax.models.residual import normed, onto
+from marlin_jax.models.residual import add_norm, onto, read
+from pallas_kernels import DeferredNorm, resolved
 
 
 class MLP(nnx.Module):
@@ -22,25 +23,28 @@ class MLP(nnx.Module):
     self.up_proj = nnx.Linear(config.hidden_size, intermediate_size, **options)
     self.down_proj = nnx.Linear(intermediate_size, config.hidden_size, **options)
 
-  @property
-  def reader(self) -> nnx.Module | None:
-    """The layer that reads the input, if it is one alone."""
-    return getattr(self, "swiglu", getattr(self, "gate_up_proj", None))
+  def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+    return self.down_proj(self.gated(x))
 
-  def __call__(
-    self, x: Float[Array, "... E"], residual: Float[Array, "... E"], norm: nnx.RMSNorm | None = None
-  ) -> tuple[Float[Array, "... E"], Float[Array, "... E"] | None]:
-    """`onto(down_proj, ..., residual)`; `norm` is still to be done to x, if it is not None."""
-    return onto(self.down_proj, self.gated(x, norm), residual)
+  def onto(
+    self,
+    residual: Float[Array, "B T E"],
+    x: Float[Array, "B T E"] | DeferredNorm,
+    norm: nnx.RMSNorm | None,
+    *,
+    fused: bool,
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None]:
+    """(s, norm(s)) with s = residual + self(x), as of `residual.onto`."""
+    return onto(self.down_proj, self.gated(x), residual, norm, fused=fused)
 
-  def gated(self, x: Float[Array, "... E"], norm: nnx.RMSNorm | None = None) -> Float[Array, "... I"]:
+  def gated(self, x: Float[Array, "*B E"] | DeferredNorm) -> Float[Array, "*B I"]:
     """silu(gate(x)) * up(x), which `down_proj` reads."""
     if hasattr(self, "swiglu"):
-      return normed(self.swiglu, x, norm)
+      return self.swiglu(x)
     if hasattr(self, "gate_up_proj"):
-      gate, up = jnp.split(normed(self.gate_up_proj, x, norm), 2, axis=-1)
+      gate, up = jnp.split(read(self.gate_up_proj, x), 2, axis=-1)
     else:
-      gate, up = self.gate_proj(x), self.up_proj(x)
+      gate, up = read(self.gate_proj, x), read(self.up_proj, x)
     return jax.nn.silu(gate) * up
 
 
@@ -89,12 +93,18 @@ class MoE(nnx.Module):
       weights /= weights.sum(axis=-1, keepdims=True)
     return experts, weights.astype(x.dtype)
 
-  reader = None  # the router and the experts read the input
+  def onto(
+    self,
+    residual: Float[Array, "B T E"],
+    x: Float[Array, "B T E"] | DeferredNorm,
+    norm: nnx.RMSNorm | None,
+    *,
+    fused: bool,
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | None]:
+    """(s, norm(s)) with s = residual + self(x), as of `residual.add_norm`: the router and all experts read x."""
+    return add_norm(residual, self(resolved(x)), norm, fused=fused)
 
-  def __call__(
-    self, x: Float[Array, "B T E"], residual: Float[Array, "B T E"], norm: None = None
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
-    """(residual, what the experts make of x)."""
+  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     tokens = x.reshape(-1, x.shape[-1])
     chosen, weights = self.route(tokens)
     shape = (self.moe.num_experts, len(tokens))
@@ -108,7 +118,7 @@ class MoE(nnx.Module):
         mlp = nnx.merge(graphdef, jax.tree.map(lambda array: array[expert], stack))
         weight = weight_of[expert][:, None]
         # A token that did not choose the expert gets nothing of it, not even a NaN from an overflow.
-        return total + jnp.where(weight != 0, weight * mlp.down_proj(mlp.gated(tokens)), 0).astype(jnp.float32)
+        return total + jnp.where(weight != 0, weight * mlp(tokens), 0).astype(jnp.float32)
 
       if len(tokens) == 1:
         return add_chosen(total), None  # all candidates are chosen, and on a GPU a condition waits for the host
@@ -116,4 +126,4 @@ class MoE(nnx.Module):
 
     candidates = jnp.argsort(~is_chosen)[: min(self.moe.num_experts, chosen.size)]
     total, _ = jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), candidates)
-    return residual, total.astype(x.dtype).reshape(x.shape)
+    return total.astype(x.dtype).reshape(x.shape)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from marlin_jax.nnx import QuantLinear
 from marlin_jax.packing import deinterleave, interleave
-from pallas_kernels import layout
+from pallas_kernels import DeferredNorm, layout
 
 
 class QuantSwiGLU(QuantLinear):
@@ -44,12 +44,6 @@ class QuantSwiGLU(QuantLinear):
     )
     return gate, up
 
-  def __call__(
-    self,
-    x: Float[Array, "*batch K"],
-    *,
-    norm: nnx.RMSNorm | None = None,
-    residual: Float[Array, "*batch half_N"] | None = None,
-  ) -> Float[Array, "*batch half_N"]:
-    """silu(norm(x) @ gate) * (norm(x) @ up) + residual, with the biases, if there are any; as in QuantLinear."""
-    return self._multiply(x, norm, residual, gated=True)
+  def __call__(self, x: Float[Array, "*batch K"] | DeferredNorm) -> Float[Array, "*batch half_N"]:
+    """silu(x @ gate) * (x @ up) with the biases, if there are any; see `marlin_jax.quant_matmul` for the errors."""
+    return self._multiply(x, None, None, gated=True)

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import (
   IMPLEMENTATIONS,
+  DeferredNorm,
   MatmulProblem,
   choose_implementation,
   hardware,
@@ -19,6 +20,8 @@ from pallas_kernels import (
   layout,
   layout24,
   matmul,
+  reference,
+  resolved,
 )
 from tests.pallas_kernels import problems
 
@@ -51,13 +54,9 @@ def runner(name: str):
     "dequantize interpreted": dict(implementation="dequantize", interpret=True),
   }.get(name.removesuffix(" of 2:4"), dict(implementation=name.removesuffix(" of 2:4")))
 
-  @functools.partial(jax.jit, static_argnames=("gated", "epsilon"))
-  def jitted(x, *weight, bias, residual, scale, epsilon, gated, **others):
-    norm = None if scale is None else (scale, epsilon)
-    return matmul(x, *weight, bias=bias, residual=residual, norm=norm, gated=gated, **others, **how)
-
-  def run(x, codes, scales, zeros=None, bits=4, bias=None, residual=None, norm=(None, None), gated=False):
-    options = dict(bias=bias, residual=residual, scale=norm[0], epsilon=norm[1], gated=gated)
+  def run(x, codes, scales, zeros=None, bits=4, bias=None, residual=None, norm=None, gated=False):
+    epsilons = [None if norm is None else norm[1], x.epsilon if isinstance(x, DeferredNorm) else None]
+    arrays = dict(bias=bias, residual=residual, norm=None if norm is None else norm[0])
     if name.startswith("hopper"):
       (m, k), (groups, n) = x.shape, scales.shape
       sizes = dict(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype)
@@ -66,18 +65,31 @@ def runner(name: str):
         pytest.skip(reason)
     if sparse:
       assert not layout24.surplus(codes).any()
-      qweight, meta = layout24.pack_codes(codes)
-      return jitted(x, qweight, scales, meta=meta, **options)
-    return jitted(x, layout.pack_codes(codes, bits), scales, zeros, **options)
+      weight = dict(zip(("qweight", "meta"), layout24.pack_codes(codes), strict=True))
+    else:
+      weight = dict(qweight=layout.pack_codes(codes, bits))
+    parts = (x.scaled, x.squares) if isinstance(x, DeferredNorm) else (x, None)
+    y = jitted(*parts, weight | dict(scales=scales, zeros=zeros), arrays, epsilons=tuple(epsilons), gated=gated)
+    if norm is None:
+      return y
+    y, normed, squares = y
+    return y, normed if squares is None else DeferredNorm(scaled=normed, squares=squares, epsilon=norm[1])
+
+  @functools.partial(jax.jit, static_argnames=("epsilons", "gated"))
+  def jitted(x, squares, weight, arrays, *, epsilons, gated):
+    after, before = epsilons
+    x = x if before is None else DeferredNorm(scaled=x, squares=squares, epsilon=before)
+    norm = None if after is None else (arrays.pop("norm"), after)
+    arrays.pop("norm", None)
+    y = matmul(x, **weight, **arrays, norm=norm, gated=gated, **how)
+    if norm is None:
+      return y
+    y, normed = y
+    return (y, normed.scaled, normed.squares) if isinstance(normed, DeferredNorm) else (y, normed, None)
 
   run.name = name
   run.prune = problems.prune24 if sparse else lambda codes: codes
   return run
-
-
-def problem_of(x, scales, name: str) -> MatmulProblem:
-  (m, k), (groups, n) = x.shape, scales.shape
-  return MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, sparse24=name.endswith("2:4"))
 
 
 @pytest.fixture(params=DENSE + SPARSE)
@@ -269,35 +281,57 @@ def test_a_residual_is_added_last(run, rng, m, n, groups, gated):
 @cases(
   "run",
   "m, k, n, groups, dtype",
-  [(m, *kn, dtype) for m in (0, 1, 7, 8, 13, 16, 17, 100) for dtype in DTYPES
-   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 6144, 32), (2048, 16448, 1))],
+  [(m, *kn, dtype) for m in (0, 1, 8, 13, 16, 33, 64, 128, 300) for dtype in DTYPES
+   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 4096, 32), (512, 120, 1))],
   [(0, 512, 64, 4, BF16), (1, 1152, 64, 9, F16), (17, 512, 192, 1, BF16)],
 )  # fmt: skip
-def test_x_is_normalized_first(run, rng, m, k, n, groups, dtype):
+def test_a_norm_of_the_result_comes_beside_it(run, rng, m, k, n, groups, dtype):
   x, codes, scales = problems.random(rng, m, k, n, groups, dtype)
   codes = run.prune(codes)
-  x *= jnp.asarray(10.0 ** rng.uniform(-1, 1, (m, 1)), dtype)  # a factor of its own for each row
-  scale = jnp.asarray(rng.uniform(0.25, 4, k), dtype)
+  x *= jnp.asarray(10.0 ** rng.uniform(-1, 1, (m, 1)), dtype)  # every row with a root mean square of its own
   bias, residual = jnp.asarray(rng.normal(size=n), dtype), jnp.asarray(rng.normal(size=(m, n)), dtype)
-  epsilon = 0.25
-  wide = np.asarray(x, np.float64)
-  factor = 1 / np.sqrt((wide**2).mean(axis=1, keepdims=True) + epsilon)
-  config = heuristics.hopper_config(problem_of(x, scales, run.name), 132)
-  if run.name.startswith("hopper") and config.normalizing(problem_of(x, scales, run.name)) is not None:
-    normalized = np.asarray(x * scale, np.float64) * factor
-  else:
-    normalized = np.asarray(jnp.asarray(wide * factor * np.asarray(scale, np.float64), jnp.float32).astype(dtype))
-  y = run(x, codes, scales, norm=(scale, epsilon))
-  assert y.shape == (m, n) and y.dtype == dtype
-  if m == 0:
-    return
-  rounds = weight_dtype(run.name, m, k // groups, dtype)
-  problems.assert_close(y, normalized, codes, scales, weight_dtype=rounds)
-  with_all = run(x, codes, scales, bias=bias, residual=residual, norm=(scale, epsilon))
-  want = np.asarray(y, np.float64) + np.asarray(bias, np.float64) + np.asarray(residual, np.float64)
-  error = np.linalg.norm(np.asarray(with_all, np.float64) - want)
+  norm = jnp.asarray(rng.uniform(0.25, 4, n), dtype), 0.25
+  alone = run(x, codes, scales, bias=bias, residual=residual)
+  y, normed = run(x, codes, scales, bias=bias, residual=residual, norm=norm)
+  np.testing.assert_array_equal(y, alone)
+  if run.name.startswith("hopper") and dtype == BF16 and n % 64 == 0 and m:
+    assert isinstance(normed, DeferredNorm)
+  normed = resolved(normed)
+  assert normed.shape == (m, n) and normed.dtype == dtype
+  wide = np.asarray(y, np.float64)
+  want = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 0.25) * np.asarray(norm[0], np.float64)
+  # Of y before it is rounded or after it, times the scale and rounded, and divided and rounded.
   unit = 2.0 ** (-8 if dtype == BF16 else -11)
-  assert error <= 3 * unit * np.linalg.norm(want) + 1e-30  # y, the sum and what Triton adds to are rounded
+  assert (np.abs(np.asarray(normed, np.float64) - want) <= 3 * unit * np.abs(want) + 1e-30).all()
+
+
+@cases(
+  "run",
+  "m, k, n, groups, dtype, gated",
+  [(m, *kn, dtype, gated) for m in (1, 8, 13, 16, 33, 64, 128, 300) for dtype in DTYPES for gated in (False, True)
+   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 4096, 32), (640, 1088, 1))],
+  [(1, 1152, 64, 9, F16, False), (17, 512, 192, 1, BF16, False), (3, 512, 192, 1, BF16, True)],
+)  # fmt: skip
+def test_x_may_come_with_its_norm_still_to_be_divided_by(run, rng, m, k, n, groups, dtype, gated):
+  x, codes, scales = problems.random(rng, m, k, n, groups, dtype)
+  codes = run.prune(codes)
+  scales = scales / 4 if gated else scales
+  bias = jnp.asarray(rng.normal(size=n), dtype)
+  squares = jnp.asarray(10.0 ** rng.uniform(0, 2, (5, m)), jnp.float32)
+  x = DeferredNorm(scaled=x, squares=squares, epsilon=0.5)
+  factor = 1 / np.sqrt(np.asarray(squares, np.float64).sum(axis=0) / k + 0.5)[:, None]
+  y = run(x, codes, scales, bias=bias, gated=gated)
+  if run.name.startswith("hopper"):
+    sums = np.asarray(run(x.scaled, codes, scales), np.float64) * factor + np.asarray(bias, np.float64)
+  else:
+    sums = np.asarray(
+      run(jnp.asarray(np.asarray(x.scaled, np.float64) * factor, dtype), codes, scales, bias=bias), np.float64
+    )
+  want = np.asarray(reference.gate(jnp.asarray(sums, jnp.float32)) if gated else sums, np.float64)
+  # The rounding of `sums` to dtype, of y, and where it is gated of what the gate makes of them.
+  unit = 2.0 ** (-8 if dtype == BF16 else -11)
+  error = np.linalg.norm(np.asarray(y, np.float64) - want)
+  assert error <= (3 if gated else 2) * unit * np.linalg.norm(want)
 
 
 @cases(
