@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.hardware import Device
 
 _CHUNK = 256
+_BLOCK = 64
 _NOTHING = -1e30  # the maximum over no scores: finite, so that no difference of two of them is NaN
 
 
@@ -60,37 +61,16 @@ def _attend_kernel(
   """One chunk of one row: softmax numerator, its maximum and its sum over the chunk's visible keys.
 
   The loop takes the keys that are in the cache already; the new one is the first term of its chunk, from registers.
-  A cache of one chunk is little to read, and the time is a chain of waits for memory: a block is asked for, into
-  registers, before anything else is waited for but the position; the first one before the queries, the second one
-  before the first. Longer caches have more programs: the registers that this takes would leave a multiprocessor too
-  few of them, and the compiler copies their blocks straight to shared memory.
   """
   _, length, kv_heads, head_dim = keys_ref.shape
   chunks, half, group, dtype = -(-length // _CHUNK), head_dim // 2, heads // kv_heads, keys_ref.dtype
   rows = max(16, 1 << (group - 1).bit_length())  # a matrix instruction has 16 rows; those beyond the group are zero
-  size = 64 if head_dim == 256 or rows > 16 else 128  # positions a block: two blocks and the rows fit into registers
   b, h, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
   position = position_ref[b]
   begin = chunk * _CHUNK
   owner = jnp.minimum(lax.div(position, _CHUNK), chunks - 1) == chunk
   end = jnp.minimum(jnp.minimum(begin + _CHUNK, position), length)
   first = begin if window is None else jnp.maximum(begin, position - window + 1)
-
-  def seen(i):
-    at = i * size + jnp.arange(size)
-    return (at >= first) & (at < end)
-
-  def load_block(i):
-    def load(ref, start, width):
-      mask = jnp.broadcast_to(seen(i)[:, None], (size, width))
-      return plt.load(ref.at[b, pl.ds(i * size, size), h, pl.ds(start, width)], mask=mask, other=0.0)
-
-    return load(keys_ref, 0, half), load(keys_ref, half, half), load(values_ref, 0, head_dim)
-
-  first_block, end_block = lax.div(first, size), lax.div(end + size - 1, size)
-  if chunks == 1:
-    first_tiles = load_block(first_block)
-
   cos, sin = cos_ref[b, :], sin_ref[b, :]
   in_group = jnp.arange(rows) < group
   mask = jnp.broadcast_to(in_group[:, None], (rows, half))
@@ -100,50 +80,45 @@ def _attend_kernel(
 
   q_first, q_second = _rotate(load_queries(0), load_queries(half), cos[None, :], sin[None, :], dtype)
   halves = (qkv_ref[b, heads + h, pl.ds(start, half)] for start in (0, half))
-  new_first, new_second = _rotate(*halves, cos, sin, dtype)
-  new_value = qkv_ref[b, heads + kv_heads + h, :]
+  k_first, k_second = _rotate(*halves, cos, sin, dtype)
+  value = qkv_ref[b, heads + kv_heads + h, :]
 
-  # Masked, not branched over: what a branch stores, the compiler also loads in it, and waits once more.
-  def store_new(ref, start, new):
-    mask = jnp.broadcast_to(owner & (position < length), new.shape)
-    plt.store(ref.at[b, position, h, pl.ds(start, new.shape[0])], new, mask=mask)
-
-  store_new(new_keys_ref, 0, new_first)
-  store_new(new_keys_ref, half, new_second)
-  store_new(new_values_ref, 0, new_value)
+  @pl.when(owner & (position < length))
+  def _():
+    new_keys_ref[b, position, h, pl.ds(0, half)] = k_first
+    new_keys_ref[b, position, h, pl.ds(half, half)] = k_second
+    new_values_ref[b, position, h, :] = value
 
   scale = head_dim**-0.5
 
   def product(q, k):
     return jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)
 
-  score = (product(q_first, new_first) + product(q_second, new_second)) * scale
+  score = (product(q_first, k_first) + product(q_second, k_second)) * scale
   top = jnp.where(owner, score, _NOTHING)
   total = jnp.where(owner, jnp.ones_like(score), 0.0)
-  acc = jnp.where(owner, jnp.broadcast_to(new_value.astype(jnp.float32)[None, :], (rows, head_dim)), 0.0)
+  acc = jnp.where(owner, jnp.broadcast_to(value.astype(jnp.float32)[None, :], (rows, head_dim)), 0.0)
 
-  def attend(i, tiles, state):
-    (k_first, k_second, values), (top, total, acc) = tiles, state
-    scores = (plt.dot(q_first, k_first, trans_b=True) + plt.dot(q_second, k_second, trans_b=True)) * scale
-    visible = jnp.broadcast_to(seen(i)[None, :], scores.shape)
+  def block(i, carry):
+    top, total, acc = carry
+    at = i * _BLOCK + jnp.arange(_BLOCK)
+    seen = (at >= first) & (at < end)
+
+    def load(ref, start, size):
+      mask = jnp.broadcast_to(seen[:, None], (_BLOCK, size))
+      return plt.load(ref.at[b, pl.ds(i * _BLOCK, _BLOCK), h, pl.ds(start, size)], mask=mask, other=0.0)
+
+    scores = plt.dot(q_first, load(keys_ref, 0, half), trans_b=True)
+    scores = (scores + plt.dot(q_second, load(keys_ref, half, half), trans_b=True)) * scale
+    visible = jnp.broadcast_to(seen[None, :], scores.shape)
     scores = jnp.where(visible, scores, _NOTHING)
     higher = jnp.maximum(top, jnp.max(scores, axis=1))
     weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
     shrink = jnp.exp(top - higher)
-    acc = acc * shrink[:, None] + plt.dot(weights.astype(dtype), values)
+    acc = acc * shrink[:, None] + plt.dot(weights.astype(dtype), load(values_ref, 0, head_dim))
     return higher, total * shrink + jnp.sum(weights, axis=1), acc
 
-  def attend_and_load_next(i, carry):
-    tiles, state = carry
-    next_tiles = load_block(i + 1)
-    return next_tiles, attend(i, tiles, state)
-
-  state = top, total, acc
-  if chunks == 1:
-    _, state = lax.fori_loop(first_block, end_block, attend_and_load_next, (first_tiles, state))
-  else:
-    state = lax.fori_loop(first_block, end_block, lambda i, state: attend(i, load_block(i), state), state)
-  top, total, acc = state
+  top, total, acc = lax.fori_loop(lax.div(first, _BLOCK), lax.div(end + _BLOCK - 1, _BLOCK), block, (top, total, acc))
   if chunks == 1:
     acc = acc / total[:, None]
   else:
@@ -203,6 +178,7 @@ def decode_attention(
   batch, length, kv_heads, head_dim = keys.shape
   heads = qkv.shape[1] - 2 * kv_heads
   chunks = math.ceil(length / _CHUNK)
+  params = plt.CompilerParams(num_warps=4, num_stages=3)
   cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
   partial = jax.ShapeDtypeStruct((batch, chunks, heads), jnp.float32)
   acc, top, total, keys, values = pl.pallas_call(
@@ -216,7 +192,7 @@ def decode_attention(
     ),
     grid=(batch, kv_heads, chunks),
     input_output_aliases={4: 3, 5: 4},
-    compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+    compiler_params=params,
     interpret=interpret,
     name="decode_attention",
   )(qkv, position, cos, sin, keys, values)

@@ -28,10 +28,10 @@ class _Head(nnx.Module):
   """The last norm and the head, called as a layer is."""
 
   def __init__(self, model: Decoder):
-    self.norm, self.lm_head = model.norm, model.lm_head
+    self.input_norm, self.lm_head = model.norm, model.lm_head
 
-  def __call__(self, x, delta, positions, rope, cached):
-    return self.lm_head(self.norm(x)), 0, cached
+  def __call__(self, x, normed, positions, rope, cached):
+    return self.lm_head(normed), None, cached
 
 
 def quantize_calibrated(

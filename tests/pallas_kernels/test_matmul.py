@@ -281,8 +281,8 @@ def test_a_residual_is_added_last(run, rng, m, n, groups, gated):
 @cases(
   "run",
   "m, k, n, groups, dtype",
-  [(m, *kn, dtype) for m in (0, 1, 8, 13, 16, 33, 64, 128, 300) for dtype in DTYPES
-   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 4096, 32), (512, 120, 1))],
+  [(m, *kn, dtype) for m in (0, 1, 13, 16, 64, 128, 300) for dtype in DTYPES
+   for kn in ((1152, 64, 9), (4096, 4096, 32), (512, 120, 1))],
   [(0, 512, 64, 4, BF16), (1, 1152, 64, 9, F16), (17, 512, 192, 1, BF16)],
 )  # fmt: skip
 def test_a_norm_of_the_result_comes_beside_it(run, rng, m, k, n, groups, dtype):
@@ -301,15 +301,15 @@ def test_a_norm_of_the_result_comes_beside_it(run, rng, m, k, n, groups, dtype):
   wide = np.asarray(y, np.float64)
   want = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 0.25) * np.asarray(norm[0], np.float64)
   # Of y before it is rounded or after it, times the scale and rounded, and divided and rounded.
-  unit = 2.0 ** (-8 if dtype == BF16 else -11)
-  assert (np.abs(np.asarray(normed, np.float64) - want) <= 3 * unit * np.abs(want) + 1e-30).all()
+  unit, least = (2.0**-8, 2.0**-133) if dtype == BF16 else (2.0**-11, 2.0**-24)
+  assert (np.abs(np.asarray(normed, np.float64) - want) <= 3 * unit * np.abs(want) + least).all()
 
 
 @cases(
   "run",
   "m, k, n, groups, dtype, gated",
-  [(m, *kn, dtype, gated) for m in (1, 8, 13, 16, 33, 64, 128, 300) for dtype in DTYPES for gated in (False, True)
-   for kn in ((512, 192, 4), (1152, 64, 9), (4096, 4096, 32), (640, 1088, 1))],
+  [(m, *kn, dtype, gated) for m in (1, 13, 16, 64, 128, 300) for dtype in DTYPES for gated in (False, True)
+   for kn in ((1152, 64, 9), (4096, 4096, 32), (640, 1088, 1))],
   [(1, 1152, 64, 9, F16, False), (17, 512, 192, 1, BF16, False), (3, 512, 192, 1, BF16, True)],
 )  # fmt: skip
 def test_x_may_come_with_its_norm_still_to_be_divided_by(run, rng, m, k, n, groups, dtype, gated):
