@@ -121,7 +121,7 @@ def test_every_kind_of_weight_lowers_for_every_card(card, triton_ir, group_size,
   # One kernel, which multiplies nothing but scales, and XLA's product with float32 sums.
   assert text.count("__gpu$xla.gpu.triton") == 1
   name = "bf16" if dtype == BF16 else "f16"
-  assert f"(tensor<512x1024x{name}>, tensor<1088x1024x{name}>) -> tensor<512x1088xf32>" in text
+  assert f"(tensor<512x1024x{name}>, tensor<1088x1024x{name}>) -> tensor<512x1088x{name}>" in text
   (kernel,) = triton_ir
   problems.assert_lean(kernel, "fma.rn.bf16x2" if dtype == BF16 else "fma.rn.f16x2", bits, 0)
   assert re.findall(r"tt.store %\d+, %\d+(.)", kernel) == [" "]  # a mask would follow after a comma
