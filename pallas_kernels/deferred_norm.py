@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels import layout
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeferredNorm:
@@ -24,6 +26,12 @@ class DeferredNorm:
   scaled: Float[Array, "*batch K"]
   squares: Float32[Array, "T M"]
   epsilon: float
+
+  @classmethod
+  def of(cls, x: Float[Array, "*batch K"], scale: Float[Array, " K"], epsilon: float) -> "DeferredNorm":
+    """The norm of x, as a product of the Hopper kernel leaves it: K is a multiple of 64."""
+    squares = jnp.square(x.astype(jnp.float32)).reshape(-1, x.shape[-1] // layout.TILE, layout.TILE).sum(axis=2).T
+    return cls(scaled=x * scale.astype(x.dtype), squares=squares, epsilon=epsilon)
 
   @property
   def shape(self) -> tuple[int, ...]:

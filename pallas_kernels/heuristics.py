@@ -15,8 +15,8 @@ Config = HopperConfig | TritonConfig | DequantizeConfig
 _NEAR = 1.25  # what is to be measured: as far from the best as the estimate of its time may err
 _SHORTEST_RUN = 512  # k that a program should have at the least when K is split
 # Rows of x from which `dequantize` goes before the Triton kernel of dense and of 2:4 sparse weights. Of 8192 x 28672 an
-# H200 writes the dense weight in 144 us (2:4: 202). With the bfloat16 product that is 326, 446 and 742 us at M = 256, 512
-# and 1024 (384, 504, 800); the Triton kernels take 261, about 480 and 956 (511, about 1000, 2005).
+# H200 writes the dense weight in 144 us (2:4: 202). With the bfloat16 product that is 326, 446 and 742 us at M = 256,
+# 512 and 1024 (384, 504, 800); the Triton kernels take 261, about 480 and 956 (511, about 1000, 2005).
 _DEQUANTIZE_FROM = 512
 _DEQUANTIZE_FROM_SPARSE24 = 256
 

@@ -24,6 +24,7 @@ from pallas_kernels.tuning import Config, config_for
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 GROUP_SIZE = 128
 XLA_INT4 = "xla_int4"
+_KEY = ("k", "n", "m", "group_size", "dtype", "implementation", "device")  # of a row
 _TOLERANCE = 1.05  # a figure this far beyond the measured ceilings is a measuring error
 
 
@@ -43,7 +44,7 @@ def bench_matmul(
 
   Args:
     shapes: (K, N) of the weights.
-    output: the CSV to write.
+    output: the CSV to write; rows that it has of what is not measured now stay.
     tuned: a table of configs that goes before the shipped one.
     sparse24: measure the kernels of 2:4 sparse weights, too; "NAME, 2:4" in the table, their limit is their own.
 
@@ -101,7 +102,7 @@ def bench_matmul(
         )
         print(_line(rows[-1]), flush=True)
     if output is not None:  # after every shape, so that a run that is cut short leaves what it has
-      write_rows(output, rows)
+      write_rows(output, rows, key=_KEY)
   if len(shapes) > 1:
     print("\n".join(_sums(rows)))
 

@@ -24,6 +24,7 @@ from marlin_jax.quantized import QuantSpec
 from pallas_kernels import current_device
 
 BATCHES = (1, 4, 16, 64, 128)
+_KEY = ("model", "weights", "group_size", "head", "batch", "prompt_tokens", "new_tokens", "device")  # of a row
 _LONGEST_CHUNK = 32  # steps between two visits to the host
 _ROUNDS = 3
 _CHOICE = Choice(settings=None, eos=np.full(4, -1, np.int32))  # greedy, and no token ends a row
@@ -41,7 +42,8 @@ def bench_model(
   profiled: bool = False,
   output: Path | None = None,
 ) -> None:
-  """Measures the model with random weights in every precision at every batch size; prints rows and writes a CSV.
+  """Measures the model with random weights in every precision at every batch size; prints rows and writes them
+  into a CSV, where rows of what is not measured now stay.
 
   The programs are those of `generate_tokens`, greedy. A decode step's time is wall time, host and gaps included, of all
   tokens but the first over their number, the median of three runs. Its floor is the longer of reading its bytes once
@@ -105,7 +107,7 @@ def bench_model(
       )
       print(_line(rows[-1]), flush=True)
       if output is not None:
-        write_rows(output, rows, digits=4)
+        write_rows(output, rows, key=_KEY, digits=4)
     del model
 
 

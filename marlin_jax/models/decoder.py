@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     rope = rope_table(self.config, positions)
     x = self.embed(tokens)
-    normed = self.layers[0].input_norm(x)
+    normed = self.layers[0].first_norm(x)
     for layer, norm in zip(self.layers, self._norms_after(), strict=True):
       x, normed, _ = layer(x, normed, positions, rope, None, norm)
     return self.logits(resolved(normed))
@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
     # One token a row is the decode step: its small operations cost more in launches and gaps than in work.
     fused = tokens.shape[1] == 1 and not unsupported_reason(self.dtype, self.config.head_dim, current_device())
     x = self.embed(tokens)
-    normed = self.layers[0].input_norm(x)
+    normed = self.layers[0].first_norm(x)
     keys, values = [], []
     for layer, norm, *cached in zip(self.layers, self._norms_after(), cache.keys, cache.values, strict=True):
       x, normed, (layer_keys, layer_values) = layer(x, normed, positions, rope, tuple(cached), norm, fused=fused)
