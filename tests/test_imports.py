@@ -27,6 +27,7 @@ LAYERS = (
   "marlin_jax.serving",
   "marlin_jax.serving.programs",
   "marlin_jax.serving.engine marlin_jax.serving.request",
+  "marlin_jax.serving.slots",
   "marlin_jax.serving.scheduler marlin_jax.serving.continuation marlin_jax.serving.chat marlin_jax.serving.protocol",
   "marlin_jax.serving.metrics marlin_jax.serving.responses",
   "marlin_jax.serving.completion",

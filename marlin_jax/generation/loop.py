@@ -199,10 +199,16 @@ def generate_tokens(
   def chunks() -> Iterator[list[list[int]]]:
     structure, weights = split(fuse(model))
     state = prefill(structure, weights, tokens, lengths, np.uint32(sampling.seed), choice, cache_length=cache_length)
+    ended = np.asarray(state.done)
     yield [[token] for token in np.asarray(state.token)[: len(rows)].tolist()]
-    remaining = max_new_tokens - 1
-    while remaining > 0 and not np.asarray(state.done).all():
-      state, emitted, counts = decode(structure, weights, state, choice, chunk=chunk)
+    remaining, begun = max_new_tokens - 1, None
+    while remaining > 0 and not ended.all():
+      state, emitted, counts = begun or decode(structure, weights, state, choice, chunk=chunk)
+      # Begun before this chunk is waited for and handed out, so that the device does not wait for the host. It is of no
+      # use where all rows turn out to have ended, which costs a chunk at the end.
+      begun = decode(structure, weights, state, choice, chunk=chunk) if remaining > chunk else None
+      emitted, counts = np.asarray(emitted), np.asarray(counts)
+      ended = (counts < chunk) | np.isin(emitted[:, -1], eos)
       counts = np.minimum(counts, remaining)
       remaining -= chunk
       yield [row[:count] for row, count in zip(emitted.tolist(), counts.tolist(), strict=True)][: len(rows)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is in which slot: one thread that owns JAX, a bounded queue before it, events to the clients behind it.
+"""One thread that owns JAX, a bounded queue before it, events to the clients behind it.
 
-    submit -> queue -> slot: fill, fill, ... -> decode, decode, ... -> free
+    submit -> queue -> slots (slots.py): fill, fill, ... -> decode, decode, ... -> free
                          |  one chunk of a prompt, then one chunk of decode steps for all: a long prompt stalls nobody
     every turn:  cancelled ones leave, waiting ones enter, begin to fill a chunk, begin to decode one,
                  and hand out what was begun before it
@@ -18,12 +18,9 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from jax.typing import ArrayLike
-
 from marlin_jax.serving.engine import Engine
-from marlin_jax.serving.programs import Logprobs, Needs
-from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull, Ticket, TokenEvent, TokenLogprobs
+from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull, Ticket, TokenEvent
+from marlin_jax.serving.slots import Slots
 
 _logger = logging.getLogger(__name__)
 
@@ -58,12 +55,9 @@ class Scheduler:
     self._engine, self._on_failure = engine, on_failure
     self._work = threading.Condition()
     self._queue: collections.deque[Ticket] = collections.deque()
-    self._slots: list[Ticket | None] = [None] * self.config.slots
-    self._filling: collections.deque[Ticket] = collections.deque()  # whose turn it is to have a chunk filled
-    self._leaving: list[int] = []  # slots that still decode on the device, for nobody
-    self._results: collections.deque[Callable[[], None]] = collections.deque()  # each waits for the device, and tells
+    self._slots = Slots(engine)
     self._compiled, self._stopping, self._aborting = threading.Event(), False, False
-    self._faults_in_a_row = self._faults = self._decode_chunks = self._decoded_rows = self._recompilations = 0
+    self._faults_in_a_row = self._faults = self._finished_at_fault = self._recompilations = 0
     self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
   def start(self, *, wait: bool = True) -> None:
@@ -91,13 +85,13 @@ class Scheduler:
   @property
   def stats(self) -> SchedulerStats:
     """The SchedulerStats of this moment."""
-    tickets = self._tickets()
+    tickets = self._slots.tickets
     return SchedulerStats(
       queued=len(self._queue),
       slots_used=len(tickets),
       cache_used=sum(ticket.filled + ticket.emitted for ticket in tickets),
-      decode_chunks=self._decode_chunks,
-      decoded_rows=self._decoded_rows,
+      decode_chunks=self._slots.decode_chunks,
+      decoded_rows=self._slots.decoded_rows,
       recompilations=self._recompilations,
       faults=self._faults,
     )
@@ -122,7 +116,7 @@ class Scheduler:
     with self._work:
       if self._stopping:
         raise Draining(self.failure or "the server is being stopped")
-      taken = len(self._queue) + len(self._tickets())
+      taken = len(self._queue) + len(self._slots.tickets)
       if taken + len(requests) > places:
         raise QueueFull(f"{max(taken - c.slots, 0)} requests wait already, and {c.queue_limit} may")
       tickets = [Ticket(request, functools.partial(deliver, i)) for i, request in enumerate(requests)]
@@ -195,37 +189,20 @@ class Scheduler:
   def _wait(self) -> bool:
     """Waits for something to do; whether there will be more."""
     with self._work:
-      while not (self._queue or self._stopping or any(self._slots)):
+      while not (self._queue or self._stopping or self._slots.tickets):
         self._work.wait()
       if not self._aborting:
-        return bool(self._queue or any(self._slots))
+        return bool(self._queue or self._slots.tickets)
     self._fail_all("the server was stopped")
     return False
 
   def _step(self) -> None:
     try:
-      self._turn()
+      self._slots.sweep()
+      self._enter()
+      self._slots.advance()
     except Exception as error:
       self._fault(error)
-
-  def _turn(self) -> None:
-    for ticket in self._tickets():
-      if ticket.cancelled:
-        self._leave(ticket, [], None, ticket.cancelled)
-    if self._leaving:
-      self._engine.free(self._leaving)
-      self._leaving = []
-    self._enter()
-    self._fill()
-    # The device gets a chunk to compute before what it computed last is looked at, which hides the host's work: a token
-    # of an 8B model takes 2.8 ms, and took 3.3 while the device waited. A request that the model ends has a chunk of
-    # useless steps, and one that arrives waits for a chunk more.
-    begun = self._decode()
-    while len(self._results) > begun:
-      self._results.popleft()()
-
-  def _tickets(self) -> list[Ticket]:
-    return [ticket for ticket in self._slots if ticket is not None]
 
   def _enter(self) -> None:
     """Waiting requests take free slots, first come, first served; cancelled ones give up their place in the queue."""
@@ -233,113 +210,17 @@ class Scheduler:
       gone = [ticket for ticket in self._queue if ticket.cancelled]
       for ticket in gone:
         self._queue.remove(ticket)
-      for slot, holder in enumerate(self._slots):
-        if holder is None and self._queue:
-          ticket = self._queue.popleft()
-          ticket.enter(slot)
-          self._slots[slot] = ticket
-          self._filling.append(ticket)
+      while self._queue and self._slots.free:
+        self._slots.enter(self._queue.popleft())
     for ticket in gone:
       ticket.tell([], finish_reason=ticket.cancelled)
-
-  def _leave(self, ticket: Ticket, tokens: list[int], logprobs: list[TokenLogprobs] | None, reason: str) -> None:
-    self._slots[ticket.slot] = None
-    self._leaving.append(ticket.slot)
-    if not ticket.decoding:
-      self._filling.remove(ticket)
-    ticket.tell(tokens, logprobs, finish_reason=reason)
-
-  def _fill(self) -> None:
-    """One chunk of one prompt; prompts take turns, so that a short one does not wait for the whole of a long one."""
-    if not self._filling:
-      return
-    ticket = self._filling.popleft()
-    request, start = ticket.request, ticket.filled
-    tokens = list(request.prompt[start : start + self.config.prefill_chunk])
-    ticket.filled += len(tokens)
-    if not ticket.decoding:
-      self._filling.append(ticket)
-    token, logprobs = self._engine.fill(
-      ticket.slot,
-      tokens,
-      start,
-      last=ticket.decoding,
-      sampling=request.sampling,
-      eos_token_ids=request.eos_token_ids,
-    )
-    if ticket.decoding:
-      ticket.begun = 1
-      self._results.append(functools.partial(self._emit_first, ticket, token, logprobs))
-
-  def _decode(self) -> bool:
-    """Begins a chunk of those that will want more tokens than they have coming; whether there are any."""
-    rows = [t for t in self._tickets() if t.decoding and t.begun < t.request.max_new_tokens]
-    if not rows:
-      return False
-    needs = Needs(
-      draws=any(not ticket.request.sampling.greedy for ticket in rows),
-      cuts=any(ticket.request.sampling.cuts for ticket in rows),
-      logprobs=any(ticket.request.logprobs is not None for ticket in rows),
-    )
-    self._results.append(functools.partial(self._emit_chunk, rows, *self._engine.decode(needs)))
-    for ticket in rows:
-      ticket.begun += self.config.chunk
-    self._decode_chunks += 1
-    self._decoded_rows += len(rows)
-    return True
-
-  def _emit_first(self, ticket: Ticket, token: ArrayLike, logprobs: Logprobs) -> None:
-    """Waits for the end of a prompt."""
-    token = int(token)
-    if self._slots[ticket.slot] is ticket:
-      self._emit(ticket, [token], [logprobs] if ticket.request.logprobs is not None else None)
-
-  def _emit_chunk(self, rows: list[Ticket], tokens: ArrayLike, counts: ArrayLike, logprobs: Logprobs | None) -> None:
-    """Waits for a chunk of the requests that were in their slots when it was begun."""
-    tokens, counts = np.asarray(tokens), np.asarray(counts)
-    if logprobs is not None:
-      logprobs = Logprobs(*(np.asarray(array) for array in logprobs))
-    for ticket in rows:
-      if self._slots[ticket.slot] is not ticket:
-        continue  # it left meanwhile
-      slot, count = ticket.slot, int(counts[ticket.slot])
-      of_tokens = None
-      if ticket.request.logprobs is not None:
-        of_tokens = [Logprobs(*(array[slot, i] for array in logprobs)) for i in range(count)]
-      self._emit(ticket, tokens[slot, :count].tolist(), of_tokens)
-
-  def _emit(self, ticket: Ticket, tokens: list[int], logprobs: list[Logprobs] | None) -> None:
-    """Hands new tokens to the client, no more than it asked for, and frees the slot after the last."""
-    request = ticket.request
-    tokens = tokens[: request.max_new_tokens - ticket.emitted]
-    said = None
-    if logprobs is not None:
-      said = [
-        TokenLogprobs(
-          float(l.chosen),
-          np.asarray(l.top_tokens)[: request.logprobs].tolist(),
-          np.asarray(l.top)[: request.logprobs].tolist(),
-        )
-        for l in logprobs[: len(tokens)]
-      ]
-    if tokens and tokens[-1] in request.eos_token_ids:
-      reason = "stop"
-    elif ticket.emitted + len(tokens) == request.max_new_tokens:
-      reason = "length"
-    else:
-      ticket.tell(tokens, said)
-      return
-    self._faults_in_a_row = 0
-    self._leave(ticket, tokens, said, reason)
 
   def _fault(self, error: Exception) -> None:
     _logger.exception("a step failed")
     self._faults += 1
-    self._faults_in_a_row += 1
-    failed, self._slots = self._tickets(), [None] * self.config.slots
-    self._filling.clear()
-    self._results.clear()
-    self._leaving = []
+    self._faults_in_a_row = 1 + (self._faults_in_a_row if self._slots.finished == self._finished_at_fault else 0)
+    self._finished_at_fault = self._slots.finished
+    failed = self._slots.clear()
     message = f"a step of the model failed: {_one_line(error)}"
     for ticket in failed:
       ticket.tell([], finish_reason="error", error=message)
@@ -356,9 +237,8 @@ class Scheduler:
 
   def _fail_all(self, message: str) -> None:
     with self._work:
-      failed = [*self._tickets(), *self._queue]
+      failed = [*self._slots.clear(), *self._queue]
       self._queue.clear()
-      self._slots = [None] * self.config.slots
     for ticket in failed:
       ticket.tell([], finish_reason="error", error=message)
 

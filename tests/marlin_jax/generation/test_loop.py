@@ -84,6 +84,18 @@ def test_one_new_token_needs_no_decoding(model, greedy):
   assert loop.decode._cache_size() == decoders
 
 
+def test_the_next_chunk_is_begun_before_one_is_handed_out_and_none_too_many(model, greedy, monkeypatch):
+  begun = []
+  decode = loop.decode
+  monkeypatch.setattr(loop, "decode", lambda *args, **options: begun.append(None) or decode(*args, **options))
+  counts = [len(begun) for _ in generate_tokens(model, PROMPTS, max_new_tokens=NEW, chunk=4)]
+  assert NEW == 12 and counts == [0, 2, 3, 3]
+  begun.clear()
+  ends = [row[4] for row in greedy]
+  assert len(list(generate_tokens(model, PROMPTS, max_new_tokens=NEW, eos_token_ids=ends, chunk=4))) == 2
+  assert len(begun) == 2  # all rows ended in the first, when the second was on its way
+
+
 def test_a_row_ends_with_its_first_eos_and_the_others_go_on(model, greedy):
   eos = greedy[0][3]
   expected = [row[: row.index(eos) + 1] if eos in row else row for row in greedy]

@@ -43,6 +43,7 @@ class SchedulerStates(RuleBasedStateMachine):
     self.engine = type(self).make_engine()
     self.failures = []
     self.scheduler = Scheduler(self.engine, self.failures.append)
+    self.slots = self.scheduler._slots
     self.receivers = []
 
   @rule(
@@ -93,17 +94,17 @@ class SchedulerStates(RuleBasedStateMachine):
 
   @invariant()
   def requests_are_conserved(self):
-    held = [ticket for ticket in (*self.scheduler._slots, *self.scheduler._queue) if ticket is not None]
+    held = [ticket for ticket in (*self.slots._holders, *self.scheduler._queue) if ticket is not None]
     assert len(set(map(id, held))) == len(held), "a request is in two places"
     assert {id(r.ticket) for r in self.receivers if not r.ticket.ended} <= {id(ticket) for ticket in held}
-    for slot, ticket in enumerate(self.scheduler._slots):
+    for slot, ticket in enumerate(self.slots._holders):
       assert ticket is None or ticket.slot == slot
     # Slots that decode for nobody are about to be freed; after it has given up nobody decodes at all.
     decoding = {slot for slot, at in enumerate(self.engine.next) if at is not None}
-    owned = {slot for slot, ticket in enumerate(self.scheduler._slots) if ticket is not None and ticket.decoding}
-    assert decoding <= owned | set(self.scheduler._leaving) or self.scheduler.failure
-    assert set(map(id, self.scheduler._filling)) == {
-      id(ticket) for ticket in self.scheduler._slots if ticket is not None and not ticket.decoding
+    owned = {slot for slot, ticket in enumerate(self.slots._holders) if ticket is not None and ticket.decoding}
+    assert decoding <= owned | set(self.slots._leaving) or self.scheduler.failure
+    assert set(map(id, self.slots._filling)) == {
+      id(ticket) for ticket in self.slots._holders if ticket is not None and not ticket.decoding
     }
     assert self.scheduler.stats.queued <= LIMITS["slots"] + LIMITS["queue_limit"]
     assert len(self.failures) <= 1 and (self.scheduler.failure is not None) == bool(self.failures)
@@ -169,7 +170,7 @@ def test_one_that_leaves_while_its_prompt_is_filled_is_filled_no_more(scripted):
   for _ in range(4):
     scheduler._step()
   assert [(i, event.finish_reason) for i, event in told if event.finish_reason] == [(0, "cancelled"), (1, "length")]
-  assert engine.fills == [(0, 0), (1, 0)] and not scheduler._filling
+  assert engine.fills == [(0, 0), (1, 0)] and not scheduler._slots._filling
 
 
 def test_free_slots_count_as_places(scripted):
@@ -205,9 +206,9 @@ def test_whatever_fails_everybody_in_a_slot_is_told(scripted, method):
     scheduler._step()
   tickets[0].cancel()
   engine.failing.add(method)
-  scheduler._slots[1].filled -= method == "fill"  # one has a prompt to be filled
+  scheduler._slots._holders[1].filled -= method == "fill"  # one has a prompt to be filled
   if method == "fill":
-    scheduler._filling.append(tickets[1])
+    scheduler._slots._filling.append(tickets[1])
     engine.next[1] = None
   scheduler._step()
   ends = [(i, event.finish_reason, event.error) for i, event in told if event.finish_reason]
