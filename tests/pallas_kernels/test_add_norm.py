@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.add_norm import add_norm
+from pallas_kernels.add_norm import add_norm, rms_norm
 
 
 def check(rng, rows, features, **options):
@@ -18,6 +18,8 @@ def check(rng, rows, features, **options):
   total, y = add_norm(x, delta, scale, epsilon=1e-5, **options)
   np.testing.assert_array_equal(total, x + delta)
   np.testing.assert_allclose(y.astype(jnp.float32), norm(x + delta).astype(jnp.float32), rtol=2.0**-7)
+  alone = rms_norm(total, scale, epsilon=1e-5, **options)
+  np.testing.assert_allclose(alone.astype(jnp.float32), norm(total).astype(jnp.float32), rtol=2.0**-7)
 
 
 @pytest.mark.parametrize("features", [64, 96])

@@ -443,6 +443,9 @@ def test_the_kernel_is_in_the_program_and_the_reference_is_not(lower_for_h200):
       "n=24 must be a multiple of 16 for gated columns",
     ),
     (dict(implementation="cutlass"), "implementation='cutlass' must be one of"),
+    (dict(residual=jnp.ones((1, 64), BF16)), r"residual is bfloat16 \(1, 64\), must be bfloat16 \(1, 128\)"),
+    (dict(residual=jnp.ones((1, 128), F32)), r"residual is float32 \(1, 128\), must be bfloat16 \(1, 128\)"),
+    (dict(norm=(jnp.ones(256, BF16), 1e-5)), r"the norm's scale has shape \(256,\), must have \(128,\)"),
   ],
 )
 def test_nonsense_is_a_value_error(change, message):
