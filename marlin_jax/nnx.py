@@ -134,7 +134,9 @@ class QuantLinear(nnx.Module):
     """y = x @ w + bias + residual, or (y, norm(y)); see `marlin_jax.quant_matmul` for the errors."""
     return self._multiply(x, residual, norm)
 
-  def _multiply(self, x, residual, norm, *, gated: bool = False):
+  def _multiply(
+    self, x: Array | DeferredNorm, residual: Array | None, norm: nnx.RMSNorm | None, *, gated: bool = False
+  ) -> Array | tuple[Array, Array | DeferredNorm]:
     if self.dtype is not None and x.dtype != self.dtype:
       x = resolved(x).astype(self.dtype)
     bias = None if self.bias is None else self.bias[...]

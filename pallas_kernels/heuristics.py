@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Any
 
-from pallas_kernels import layout, layout24
+from pallas_kernels import layout, layout24, triton_matmul
 from pallas_kernels.hopper_config import HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_dequantize import DequantizeConfig
@@ -199,7 +199,7 @@ def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> lis
         config = dataclasses.replace(config, num_stages=min(8, config.max_stages(problem)))
     except ValueError:
       continue
-    if config not in configs and _fits(config, problem):
+    if config not in configs and _unfit_reason(config, problem) is None:
       configs.append(config)
   return configs
 
@@ -227,12 +227,8 @@ def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
   ]
 
 
-def _fits(config: Config, problem: MatmulProblem) -> bool:
-  """Whether the kernel takes `config` for `problem`."""
+def _unfit_reason(config: Config, problem: MatmulProblem) -> str | None:
+  """Why the kernel cannot compute `problem` with `config`; None if it can."""
   if isinstance(config, HopperConfig):
-    return config.unfit_reason(problem) is None
-  group_size, block_k = problem.group_size, config.block_k
-  _, n = layout.padded_shape(problem.k, problem.n)
-  if n % config.block_n or (problem.sparse24 and block_k != layout24.K_TILE):
-    return False
-  return group_size == problem.k or block_k % group_size == 0 or group_size % block_k == 0
+    return config.unfit_reason(problem)
+  return triton_matmul.unfit_reason(config, problem)

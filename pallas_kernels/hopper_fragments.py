@@ -41,6 +41,16 @@ def asm_void(text, operands=(), constraints=""):
   llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
 
 
+def constant(value: int):
+  """A 32-bit constant."""
+  return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def thread_of_warpgroup():
+  """The number of a thread in its warpgroup."""
+  return arith.remui(mgpu.utils.thread_idx(), constant(128))
+
+
 def _decode_asm(dtype, zero: int | None) -> str:
   """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - zero) (constants: dequant.py).
 

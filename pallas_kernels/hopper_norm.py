@@ -12,37 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper_fragments import asm, asm_void
+from pallas_kernels.hopper_fragments import asm, asm_void, constant, thread_of_warpgroup
 
 _AT_ONCE = 8  # loads in flight a thread
-_LINE = 64  # elements of 16 bits in a line of the cache
-
-
-def prefetch_scale(norm_gmem, *, first, count: int):
-  """Has norm_gmem[first : first + count], of 16 bits each, brought into the L2 cache, and returns at once.
-
-  It comes from memory, once a layer, and is read where every latency counts: at the end.
-
-  Args:
-    first: an int32 scalar.
-  """
-  (n,) = norm_gmem.shape
-
-  def ask(ctx, norm_ref, first):
-    del ctx
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    line = arith.muli(arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32)), mgpu.c(_LINE, i32))
-    element = arith.addi(first.registers.item(), line)
-    inside = arith.andi(
-      arith.cmpi(arith.CmpIPredicate.ult, line, mgpu.c(count, i32)),
-      arith.cmpi(arith.CmpIPredicate.ult, element, mgpu.c(n, i32)),
-    )
-    with mgpu.utils.when(inside):
-      gmem = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(norm_ref))
-      here = arith.addi(gmem, arith.muli(arith.extui(i64, element), mgpu.c(2, i64)))
-      asm_void("prefetch.global.L2 [$0];", [here], "l")
-
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()), plgpu.Layout.WG_SPLAT))(ask)(norm_gmem, first)
 
 
 def write_factors(squares_gmem, partial_smem, factors_smem, *, first_row, features: int, epsilon: float):
@@ -64,16 +36,13 @@ def write_factors(squares_gmem, partial_smem, factors_smem, *, first_row, featur
     del ctx
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
 
-    def c(value):
-      return mgpu.c(value, i32)
-
     def address(ref, element):
-      return arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref)), arith.muli(element, c(4)))
+      return arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref)), arith.muli(element, constant(4)))
 
-    thread = arith.remui(mgpu.utils.thread_idx(), c(128))
-    part, row = arith.divui(thread, c(block_m)), arith.remui(thread, c(block_m))
-    m = arith.minui(arith.addi(first_row.registers.item(), row), c(m_end - 1))
-    element = arith.extui(i64, arith.addi(arith.muli(part, c(m_end)), m))
+    thread = thread_of_warpgroup()
+    part, row = arith.divui(thread, constant(block_m)), arith.remui(thread, constant(block_m))
+    m = arith.minui(arith.addi(first_row.registers.item(), row), constant(m_end - 1))
+    element = arith.extui(i64, arith.addi(arith.muli(part, constant(m_end)), m))
     gmem = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(squares_ref))
     here = arith.addi(gmem, arith.muli(element, mgpu.c(4, i64)))
     total = mgpu.c(0.0, f32)
@@ -81,7 +50,7 @@ def write_factors(squares_gmem, partial_smem, factors_smem, *, first_row, featur
     for first in range(0, turns, _AT_ONCE):
       values = []
       for turn in range(first, min(first + _AT_ONCE, turns)):
-        inside = arith.cmpi(arith.CmpIPredicate.ult, part, c(tiles - turn * parts))
+        inside = arith.cmpi(arith.CmpIPredicate.ult, part, constant(tiles - turn * parts))
         text = (
           "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.f32 $0, 0f00000000;"
           f" @p ld.global.f32 $0, [$1 + {turn * parts * m_end * 4}]; }}"
@@ -91,10 +60,10 @@ def write_factors(squares_gmem, partial_smem, factors_smem, *, first_row, featur
         total = arith.addf(total, value)
     asm_void("st.shared.f32 [$0], $1;", [address(partial_ref, thread), total], "r,f")
     mgpu.utils.warpgroup_barrier()
-    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, c(block_m))):
+    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, constant(block_m))):
       total = mgpu.c(0.0, f32)
       for i in range(parts):
-        place = address(partial_ref, arith.addi(thread, c(i * block_m)))
+        place = address(partial_ref, arith.addi(thread, constant(i * block_m)))
         total = arith.addf(total, asm([f32], [place], "ld.shared.f32 $0, [$1];", "=f,r")[0])
       mean = arith.addf(arith.mulf(total, mgpu.c(1 / features, f32)), mgpu.c(epsilon, f32))
       factor = asm([f32], [mean], "rsqrt.approx.ftz.f32 $0, $1;", "=f,f")[0]

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import layout
 from pallas_kernels.hopper_config import FEW_REGISTERS
 from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, decode_tile, mma_issue, mma_wait
-from pallas_kernels.hopper_norm import prefetch_scale, write_factors
+from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
 
@@ -54,8 +54,6 @@ def program(*refs, names, config, problem, gated, k_tiles, epsilon):
   @pl.when(wg == c.compute_warpgroups)
   def copy():
     plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-    if "norm" in gmem:
-      prefetch_scale(gmem["norm"], first=nb * c.block_n, count=c.block_n)
 
     @pl.loop(0, steps)
     def _(t):

@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels import layout
-from pallas_kernels.hopper_fragments import asm, asm_void
+from pallas_kernels.hopper_fragments import asm, asm_void, constant, thread_of_warpgroup
 
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
@@ -45,7 +45,7 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
   def store(ctx, acc, y_ref):
     del ctx
     index = ir.IndexType.get()
-    thread = arith.index_cast(index, _thread())
+    thread = arith.index_cast(index, thread_of_warpgroup())
     lane = arith.remui(thread, mgpu.c(32, index))
     # A thread has sums of row n and of row n + 8; if gated, a gate and its up.
     tile_rows = 8 if gated else 16  # of a warp
@@ -108,14 +108,14 @@ def write_rows(
     residual = None if residual_gmem is None else gmem[len(outputs)]
     if programs > 1:
       asm_void(_ACQUIRE)
-    local, place = (divide(_thread(), _i32(threads_a_row)) for divide in (arith.divui, arith.remui))
+    local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
-    n = arith.addi(first_column, arith.muli(place, _i32(8)))
+    n = arith.addi(first_column, arith.muli(place, constant(8)))
 
     def address(slot, row):
-      column = arith.muli(place, _i32(width))
-      element = arith.addi(arith.muli(arith.addi(arith.muli(slot, _i32(block_m)), row), _i32(pitch)), column)
-      return arith.addi(smem, arith.muli(element, _i32(4 if reducing else 2)))
+      column = arith.muli(place, constant(width))
+      element = arith.addi(arith.muli(arith.addi(arith.muli(slot, constant(block_m)), row), constant(pitch)), column)
+      return arith.addi(smem, arith.muli(element, constant(4 if reducing else 2)))
 
     def load(slot, row, program):
       """`width` float32 from the same place of another program's shared memory."""
@@ -125,7 +125,7 @@ def write_rows(
           "{ .reg .b32 there; mapa.shared::cluster.u32 there, $4, $5;"
           f" ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there + {offset}]; }}"
         )
-        values += asm([f32] * 4, [address(slot, row), _i32(program)], text, "=f,=f,=f,=f,r,r")
+        values += asm([f32] * 4, [address(slot, row), constant(program)], text, "=f,=f,=f,=f,r,r")
       return values
 
     def load_words(base, element):
@@ -149,13 +149,13 @@ def write_rows(
       return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
 
     if norm_gmem is not None:
-      norm = floats(load_words(gmem[-1], arith.extui(i64, arith.minui(n, _i32(n_end - 8)))))
+      norm = floats(load_words(gmem[-1], arith.extui(i64, arith.minui(n, constant(n_end - 8)))))
       # Eight threads have a row, and are all inside or all outside.
       text = "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 24; shl.b32 $0, 255, lane; }"
       same_row = asm([i32], [], text, "=r")[0]
     for first in range(0, rows, rows_a_pass):
-      mine = arith.addi(_i32(first), local)
-      row = arith.addi(arith.muli(share, _i32(rows)), mine)
+      mine = arith.addi(constant(first), local)
+      row = arith.addi(arith.muli(share, constant(rows)), mine)
       m = arith.addi(first_row, row)
       inside = arith.andi(
         arith.andi(_less(mine, rows), _less(row, block_m)), arith.andi(_less(m, m_end), _less(n, n_end))
@@ -168,7 +168,7 @@ def write_rows(
           total = None
           for program in range(programs):
             for i in range(slots):
-              values = load(arith.addi(slot, _i32(i)), row, program)
+              values = load(arith.addi(slot, constant(i)), row, program)
               total = values if total is None else add(total, values)
           if gated:
             total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
@@ -184,9 +184,9 @@ def write_rows(
           for distance in (1, 2, 4):
             exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
             square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
-          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, _i32(0))):
-            tile = arith.divui(first_column, _i32(layout.TILE))
-            there = arith.extui(i64, arith.addi(arith.muli(tile, _i32(m_end)), m))
+          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
+            tile = arith.divui(first_column, constant(layout.TILE))
+            there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
             there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
             asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
     if programs > 1:
@@ -206,13 +206,5 @@ def _silu_times(gate, up):
   return asm([ir.F32Type.get()], [gate, up], text, "=f,f,f")[0]
 
 
-def _thread():
-  return arith.remui(mgpu.utils.thread_idx(), _i32(128))
-
-
-def _i32(value: int):
-  return mgpu.c(value, ir.IntegerType.get_signless(32))
-
-
 def _less(a, b: int):
-  return arith.cmpi(arith.CmpIPredicate.slt, a, _i32(b))
+  return arith.cmpi(arith.CmpIPredicate.slt, a, constant(b))

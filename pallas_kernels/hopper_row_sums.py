@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import layout
-from pallas_kernels.hopper_fragments import X_TRANSFORMS, asm, asm_void, pair_literal
+from pallas_kernels.hopper_fragments import X_TRANSFORMS, asm, asm_void, constant, pair_literal, thread_of_warpgroup
 
 _ROW = layout.TILE * 2  # bytes of a row of x in shared memory, of which eight lie below each other in a swizzled block
 
@@ -48,21 +48,18 @@ def negative_row_sums(x_smem, sums_smem, stage):
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     stage = stage.registers.item()
 
-    def c(value):
-      return mgpu.c(value, i32)
-
     def address(ref, nbytes_a_stage):
       base = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
-      return arith.addi(base, arith.muli(stage, c(nbytes_a_stage)))
+      return arith.addi(base, arith.muli(stage, constant(nbytes_a_stage)))
 
-    thread = arith.remui(mgpu.utils.thread_idx(), c(128))
-    warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
-    matrix, row = arith.divui(lane, c(8)), arith.remui(lane, c(8))  # whose row this lane points at
+    thread = thread_of_warpgroup()
+    warp, lane = arith.divui(thread, constant(32)), arith.remui(thread, constant(32))
+    matrix, row = arith.divui(lane, constant(8)), arith.remui(lane, constant(8))  # whose row this lane points at
     block_bytes = block_k // layout.TILE * 8 * _ROW  # eight rows of x
-    x = arith.addi(address(x_ref, block_m * block_k * 2), arith.muli(row, c(_ROW)))
+    x = arith.addi(address(x_ref, block_m * block_k * 2), arith.muli(row, constant(_ROW)))
     if rows == 16:
-      x = arith.addi(x, arith.muli(arith.remui(matrix, c(2)), c(block_bytes)))
-      piece = arith.divui(matrix, c(2))
+      x = arith.addi(x, arith.muli(arith.remui(matrix, constant(2)), constant(block_bytes)))
+      piece = arith.divui(matrix, constant(2))
     else:
       piece = matrix
 
@@ -70,17 +67,17 @@ def negative_row_sums(x_smem, sums_smem, stage):
       total = [mgpu.c(0.0, f32)] * 4
       for k in range(segment * length, (segment + 1) * length, k_step):
         # The 16-byte pieces of a row are swizzled: piece i lies at i ^ row.
-        swizzled = arith.xori(arith.addi(piece, c(k % layout.TILE // 8)), row)
+        swizzled = arith.xori(arith.addi(piece, constant(k % layout.TILE // 8)), row)
         start = block * (rows // 8) * block_bytes + k // layout.TILE * 8 * _ROW
-        source = arith.addi(x, arith.addi(arith.muli(swizzled, c(16)), c(start)))
+        source = arith.addi(x, arith.addi(arith.muli(swizzled, constant(16)), constant(start)))
         load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
         a = asm([i32] * 4, [source], load, "=r,=r,=r,=r,r")
         text = f"{{ .reg .b32 ones; mov.b32 ones, {minus_ones}; {multiply} }}"
         total = asm([f32] * 4, [*a, *total], text, "=f,=f,=f,=f,r,r,r,r,f,f,f,f")
       # Lane 4 i holds rows i and i + 8 of the sums.
-      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, c(4)), c(0))):
-        m = arith.addi(arith.divui(lane, c(4)), c(segment * block_m + block * rows))
-        out = arith.addi(address(sums_ref, segments * block_m * 4), arith.muli(m, c(4)))
+      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, constant(4)), constant(0))):
+        m = arith.addi(arith.divui(lane, constant(4)), constant(segment * block_m + block * rows))
+        out = arith.addi(address(sums_ref, segments * block_m * 4), arith.muli(m, constant(4)))
         if rows == 16:
           asm_void("st.shared.f32 [$0], $1; st.shared.f32 [$0 + 32], $2;", [out, total[0], total[2]], "r,f,f")
         else:
@@ -88,7 +85,7 @@ def negative_row_sums(x_smem, sums_smem, stage):
 
     parts = [(block, segment) for block in range(block_m // rows) for segment in range(segments)]
     for i, part in enumerate(parts):
-      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, c(i % 4))):
+      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, warp, constant(i % 4))):
         sum_segment(*part)
     mgpu.utils.warpgroup_barrier()  # one thread arrives on the barrier for all
 

@@ -125,13 +125,14 @@ def dequantize_triton(
     interpret: run the kernel's body on the CPU, for tests.
 
   Raises:
-    ValueError: as for `triton_matmul.check_config`.
+    ValueError: config does not fit the problem; see `triton_matmul.unfit_reason`.
   """
   groups, n = scales.shape
   bits = qweight.shape[2] // 8
   kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=0, n=n, k=k, group_size=k // groups, dtype=dtype, **kind)
-  triton_matmul.check_config(config, problem)
+  if reason := triton_matmul.unfit_reason(config, problem):
+    raise ValueError(reason)
   words = triton_matmul.word_rows(qweight), *(() if meta is None else (meta.reshape(meta.shape[0], -1),))
   return pl.pallas_call(
     functools.partial(_kernel, problem=problem, config=config, use_asm=not interpret),
@@ -165,7 +166,7 @@ def matmul_dequantize(
     qweight, scales, zeros, meta, config, interpret: as of `dequantize_triton`.
 
   Raises:
-    ValueError: as for `triton_matmul.check_config`.
+    ValueError: config does not fit the problem; see `triton_matmul.unfit_reason`.
   """
   how = dict(k=x.shape[1], dtype=x.dtype, config=config, interpret=interpret)
   w = dequantize_triton(qweight, scales, zeros, meta, **how)

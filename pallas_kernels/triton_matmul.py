@@ -235,30 +235,27 @@ def matmul_triton(
   return launch(kernel, operands, problem=problem, config=config, interpret=interpret, name=f"w{bits}a16_triton")
 
 
-def check_config(config, problem: MatmulProblem) -> None:
-  """Whether blocks of `config`, of block_n columns and block_k k, are of whole tiles and groups of `problem`.
-
-  Raises:
-    ValueError: block_k is not that of a 2:4 sparse tile, or does not fit the group size, or block_n does not divide the
-      padded N.
-  """
+def unfit_reason(config, problem: MatmulProblem) -> str | None:
+  """Why blocks of `config`, block_n x block_k, are not of whole tiles and groups of `problem`; None if they are."""
   block_n, block_k, group_size = config.block_n, config.block_k, problem.group_size
   if problem.sparse24 and block_k != problem.tile_k:
-    raise ValueError(f"block_k={block_k} must be {problem.tile_k}, the k of a tile")
+    return f"block_k={block_k} must be {problem.tile_k}, the k of a tile"
   if block_k % group_size and group_size % block_k and group_size < problem.k:
-    raise ValueError(f"block_k={block_k} and group_size={group_size}: one must divide the other")
+    return f"block_k={block_k} and group_size={group_size}: one must divide the other"
   n_padded = layout.padded_shape(problem.k, problem.n)[1]
   if n_padded % block_n:
-    raise ValueError(f"block_n={block_n} must divide the padded N={n_padded}")
+    return f"block_n={block_n} must divide the padded N={n_padded}"
+  return None
 
 
 def launch(kernel, operands, *, problem: MatmulProblem, config: TritonConfig, interpret: bool, name: str):
   """y [m, n] by a kernel that writes [split_k, m, n] with `sum_product`.
 
   Raises:
-    ValueError: as for `check_config`.
+    ValueError: config does not fit the problem; see `unfit_reason`.
   """
-  check_config(config, problem)
+  if reason := unfit_reason(config, problem):
+    raise ValueError(reason)
   m, n, x = problem.m, problem.n, operands[0]
   n_padded = layout.padded_shape(problem.k, n)[1]
   partials = pl.pallas_call(

@@ -156,9 +156,9 @@ class DecoderLayer(nnx.Module):
       self.mlp = MLP(config, config.intermediate_size, **dtypes)
 
   def first_norm(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"] | DeferredNorm:
-    """input_norm(x), of an x that no product made: where the kernel reads deferred norms, as if one had made it.
+    """input_norm(x), of an x that no product made, in the form in which a product would have left it.
 
-    So the first layer's products are those of all others, and not compiled apart: 1 to 3 s.
+    So the first layer's products are those of all others, and not compiled apart.
     """
     norm, reader = self.input_norm, getattr(self.attention, "qkv_proj", None)
     if isinstance(reader, QuantLinear) and x.dtype == jnp.bfloat16 and x.shape[-1] % layout.TILE == 0:

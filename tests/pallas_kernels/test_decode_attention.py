@@ -118,7 +118,7 @@ def test_what_lies_beyond_the_row_is_never_read(rng, length, position, window):
   np.testing.assert_array_equal(run(qkv, *poisoned, position, *rope(position))[0], out)
 
 
-# A cache of one chunk, whose blocks are loaded ahead, and one of several, whose blocks are not.
+# A cache of one chunk, which needs no second kernel, and one of several.
 @pytest.mark.parametrize(("length", "positions"), [(256, [200, 30, 255]), (600, [400, 30, 599])])
 def test_a_row_gets_the_same_bits_in_any_batch_and_any_length_of_cache(rng, length, positions):
   qkv, keys, values = problem(rng, 3, length)
