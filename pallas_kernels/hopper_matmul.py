@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Float32, Int16
 from pallas_kernels import layout
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import HopperConfig
-from pallas_kernels.hopper_fragments import X_TRANSFORMS
+from pallas_kernels.hopper_operands import pad, ring, rows_of_x, scratch, weight_operands, y_smem
 from pallas_kernels.hopper_program import program
-from pallas_kernels.hopper_reduce import PITCH
 from pallas_kernels.problem import MatmulProblem
 
 
@@ -83,64 +82,30 @@ def matmul_hopper(
       shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  n_tiles, k_tiles, rows, _ = qweight.shape
-  kind = dict(bits=rows // 8, zeros=zeros is not None, sparse24=meta is not None)
+  kind = dict(bits=qweight.shape[2] // 8, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   if reason := config.unfit_reason(problem):
     raise ValueError(reason)
   c = config
-  runs = c.groups_per_stage(problem)
-  tiles, planes = c.block_k // problem.tile_k, problem.bits // 4
-  # TMA reads rows of 16 bytes, x in pieces of 8 rows x 64 k; sizes that are no multiples are padded here.
-  copied = dict(
-    x=_pad(x, 8 if m > 8 else 1, layout.TILE),
-    words=qweight.reshape(n_tiles, k_tiles, planes, 8, 128),
-    scales=_pad(scales, 1, 8),
-    zeros=None if zeros is None else _pad(zeros.astype(x.dtype), 1, 8),
-    meta=None if meta is None else meta.reshape(n_tiles, k_tiles, 4, 128),
-  )
-  copied = {name: operand for name, operand in copied.items() if operand is not None}
+  copied = dict(x=pad(x, rows_of_x(m), layout.TILE)) | weight_operands(qweight, scales, zeros, meta, x.dtype)
   others = dict(
-    bias=None if bias is None else _pad(bias[None], 1, c.block_n)[0],
-    residual=None if residual is None else _pad(residual, 1, 8),
+    bias=None if bias is None else pad(bias[None], 1, c.block_n)[0],
+    residual=None if residual is None else pad(residual, 1, 8),
     squares=squares,
     norm=norm,
   )
   operands = copied | {name: operand for name, operand in others.items() if operand is not None}
-  SMEM, stages = plgpu.SMEM, c.num_stages
-  y_dtype = jnp.dtype(jnp.float32) if c.reduces else x.dtype
-  barrier = plgpu.Barrier
-  if c.split_k > 1:
-    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("k",))
-  ring = dict(
-    x=SMEM((stages, c.block_m, c.block_k), x.dtype, transforms=X_TRANSFORMS),
-    words=SMEM((stages, c.warpgroups_n, tiles, planes, 8, 128), jnp.int16),
-    scales=SMEM((stages, runs, c.block_n), scales.dtype),
-    zeros=SMEM((stages, runs, c.block_n), x.dtype),
-    meta=SMEM((stages, c.warpgroups_n, tiles, 4, 128), jnp.int16),
-  )
-  ring = {name: ring[name] for name in copied}
-  y_smem = SMEM((c.compute_warpgroups, c.block_m, PITCH[y_dtype.itemsize]), y_dtype)
+  stages, sums = ring(c, problem, scales.dtype), y_smem(c, problem)
   y_out = jax.ShapeDtypeStruct((m, copied["scales"].shape[1] // (1 + gated)), x.dtype)
-  outputs = (y_out,) if norm is None else (y_out, y_out, jax.ShapeDtypeStruct((n_tiles, m), jnp.float32))
+  outputs = (y_out,) if norm is None else (y_out, y_out, jax.ShapeDtypeStruct((qweight.shape[0], m), jnp.float32))
   y, *others = plgpu.kernel(
-    functools.partial(
-      program, names=tuple(operands), config=c, problem=problem, gated=gated, k_tiles=k_tiles, epsilon=epsilon
-    ),
+    functools.partial(program, names=tuple(operands), config=c, problem=problem, gated=gated, epsilon=epsilon),
     out_type=outputs,
     scratch_types=[
-      plgpu.RefUnion(ring, y_smem) if c.y_in_ring else (ring, y_smem),
-      plgpu.Barrier(num_arrivals=len(copied), num_barriers=stages),
-      plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=stages),
-      barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
-      barrier(num_arrivals=c.warpgroups_k, num_barriers=c.warpgroups_n),
-      plgpu.Barrier(num_arrivals=c.compute_warpgroups),
-      SMEM((stages, c.block_k // c.segment(problem), c.block_m) if c.sum_zeros else (1, 1, 8), jnp.float32),
-      plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-      () if squares is None else (SMEM((128,), jnp.float32), SMEM((c.block_m,), jnp.float32)),
-      plgpu.Barrier(num_arrivals=1),
+      plgpu.RefUnion(stages, sums) if c.y_in_ring else (stages, sums),
+      scratch(c, problem, len(copied), normalized=squares is not None),
     ],
-    grid=(-(-n_tiles // c.warpgroups_n), -(-m // c.block_m)),
+    grid=(-(-qweight.shape[0] // c.warpgroups_n), -(-m // c.block_m)),
     grid_names=("n", "m"),
     cluster=(c.split_k,) if c.split_k > 1 else (),
     cluster_names=("k",) if c.split_k > 1 else (),
@@ -153,8 +118,3 @@ def matmul_hopper(
   )(*operands.values())
   y = y[:, : n // (1 + gated)]
   return y if norm is None else (y, *others)
-
-
-def _pad(array, rows: int, columns: int):
-  (r, c) = array.shape
-  return jnp.pad(array, ((0, -r % rows), (0, -c % columns))) if r % rows or c % columns else array

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From accumulators to y: partial sums of a block meet in shared memory, across a cluster if need be, in one order.
 
+    warpgroup (n, j) of program r   load_addends: residual and norm of its share, asked for before the sums are made
     warpgroup (n, j) of program r   store_partial: its 64 x block_m sums, transposed, to its slot of y_smem
     all that share the columns      a barrier
     warpgroup (n, j) of program r   write_rows: its share of the block's rows, slot 0 + slot 1 + ... of program 0, then
@@ -12,10 +13,14 @@ before they are stored, since a thread has the sums of both.
 Nothing goes through device memory but y itself, no second kernel runs, and the order of additions never changes.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
@@ -69,8 +74,84 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Addends:
+  """What is added to sums and what they are multiplied with, in device memory and, where it is needed first, registers.
+
+  Attributes:
+    residual: [M, N] in y's dtype, or None.
+    norm: [N] in y's dtype, with N a multiple of 64 and nothing gated; or None.
+    loaded: words of each thread, those of them that there are: 4 of its first row's residual, 4 of its columns' norm.
+  """
+
+  residual: Any
+  norm: Any
+  loaded: Any
+
+
+def _places(block_m: int, slots: int, programs: int, gated: bool):
+  """(rows of a share, rows of a pass, threads that have a row with 8 columns each)."""
+  threads_a_row = 4 if gated else 8
+  return max(1, block_m // (slots * programs)), 128 // threads_a_row, threads_a_row
+
+
+def _element(m, n, n_end: int):
+  i64 = ir.IntegerType.get_signless(64)
+  return arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
+
+
+def load_addends(
+  outputs, residual_gmem, norm_gmem, *, block_m, share, slots, programs, first_row, first_column, gated: bool
+) -> Addends:
+  """Loads that nothing waits for yet: they come from device memory, and at the end there is nothing to hide them.
+
+  Args: see `write_rows`.
+  """
+  rows, _, threads_a_row = _places(block_m, slots, programs, gated)
+  m_end, n_end = outputs[0].shape
+  refs = [ref for ref in (residual_gmem, norm_gmem) if ref is not None]
+  if not refs:
+    return Addends(residual=None, norm=None, loaded=None)
+
+  def load(ctx, share, first_row, first_column, *refs):
+    del ctx
+    share, first_row, first_column = (scalar.registers.item() for scalar in (share, first_row, first_column))
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
+    n = arith.addi(first_column, arith.muli(place, constant(8)))
+    row = arith.addi(arith.muli(share, constant(rows)), local)
+    m = arith.addi(first_row, row)
+    inside = arith.andi(
+      _less(local, rows), arith.andi(_less(row, block_m), arith.andi(_less(m, m_end), _less(n, n_end)))
+    )
+    elements = []
+    if residual_gmem is not None:
+      elements.append(_element(m, n, n_end))
+    if norm_gmem is not None:
+      elements.append(arith.extui(i64, n))
+    loaded = []
+    for ref, element in zip(refs, elements, strict=True):
+      base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
+      text = (
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+        " @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+      )
+      words = asm([i32] * 4, [there, arith.extui(i32, inside)], text, "=&r,=&r,=&r,=&r,l,r")
+      loaded.append(vector.from_elements(ir.VectorType.get((4,), i32), words))
+    registers = np.empty(len(loaded), dtype=object)
+    registers[:] = loaded
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGStridedFragLayout(shape, 4), _is_signed=True)
+
+  shape = (512 * len(refs),)  # four words a thread and operand
+  out = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(shape, vec_size=4))
+  types = (plgpu.Layout.WG_SPLAT,) * 3 + (plgpu.RefType(()),) * len(refs)
+  loaded = plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(share, first_row, first_column, *refs)
+  return Addends(residual=residual_gmem, norm=norm_gmem, loaded=loaded)
+
+
 def write_rows(
-  y_smem, outputs, residual_gmem, norm_gmem, *, slot, share, first_row, first_column, slots, programs, gated: bool
+  y_smem, outputs, addends: Addends, *, block_m, slot, share, slots, programs, first_row, first_column, gated: bool
 ):
   """y[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
@@ -80,19 +161,15 @@ def write_rows(
 
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
-    outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With norm_gmem also scaled, like
-      y, and squares [N / 64, M] in float32.
-    residual_gmem: [M, N] in y's dtype, or None.
-    norm_gmem: [N] in y's dtype, with N a multiple of 64 and nothing gated; or None.
+    outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With a norm also scaled, like y,
+      and squares [N / 64, M] in float32.
+    addends: what `load_addends` of the same share returned.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
-  block_m, pitch = y_smem.shape[1:]
-  shares = slots * programs
-  rows = max(1, block_m // shares)
-  reducing = shares > 1
-  threads_a_row = 4 if gated else 8  # which have 8 columns of y each
-  rows_a_pass = 128 // threads_a_row
+  pitch = y_smem.shape[2]
+  reducing = slots * programs > 1
+  rows, rows_a_pass, threads_a_row = _places(block_m, slots, programs, gated)
   width = 16 if gated and reducing else 8  # columns of sums for these
   convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
 
@@ -104,8 +181,11 @@ def write_rows(
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     pair = ir.VectorType.get((2,), ir.MemRefType(refs[0].type).element_type)
     m_end, n_end = ir.MemRefType(refs[0].type).shape
+    loaded = []  # words of the first row's residual, of the norm
+    if addends.loaded is not None:
+      *refs, words = refs
+      loaded = [[vector.extract(four, [], [i]) for i in range(4)] for four in words.registers.flat]
     gmem = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
-    residual = None if residual_gmem is None else gmem[len(outputs)]
     if programs > 1:
       asm_void(_ACQUIRE)
     local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
@@ -148,8 +228,8 @@ def write_rows(
     def multiply(a, b):
       return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
 
-    if norm_gmem is not None:
-      norm = floats(load_words(gmem[-1], arith.extui(i64, arith.minui(n, constant(n_end - 8)))))
+    if addends.norm is not None:
+      norm = floats(loaded[-1])
       # Eight threads have a row, and are all inside or all outside.
       text = "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 24; shl.b32 $0, 255, lane; }"
       same_row = asm([i32], [], text, "=r")[0]
@@ -161,9 +241,9 @@ def write_rows(
         arith.andi(_less(mine, rows), _less(row, block_m)), arith.andi(_less(m, m_end), _less(n, n_end))
       )
       with mgpu.utils.when(inside):
-        element = arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
-        if residual is not None:  # first of all: it takes longest
-          addends = load_words(residual, element)
+        element = _element(m, n, n_end)
+        if addends.residual is not None:
+          residual = loaded[0] if first == 0 else load_words(gmem[len(outputs)], element)
         if reducing:
           total = None
           for program in range(programs):
@@ -175,10 +255,10 @@ def write_rows(
         else:
           words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
           total = floats(words)
-        if residual is not None:
-          total = add(total, floats(addends))
+        if addends.residual is not None:
+          total = add(total, floats(residual))
         store(gmem[0], element, total)
-        if norm_gmem is not None:
+        if addends.norm is not None:
           store(gmem[1], element, multiply(total, norm))
           square = functools.reduce(arith.addf, multiply(total, total))
           for distance in (1, 2, 4):
@@ -192,8 +272,11 @@ def write_rows(
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
-  refs = (*outputs, *(ref for ref in (residual_gmem, norm_gmem) if ref is not None))
+  refs = (*outputs, *(() if addends.residual is None else (addends.residual,)))
   types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(refs)
+  if addends.loaded is not None:
+    refs += (addends.loaded,)
+    types += (plgpu.Layout.WG_STRIDED(addends.loaded.shape, vec_size=4),)
   plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
 
 

@@ -292,7 +292,7 @@ def test_unsupported_reason_names_the_obstacle(monkeypatch):
 @pytest.mark.parametrize("programs", [1, 2, 4])
 def test_every_program_has_steps_and_every_step_a_program(programs):
   for total in range(programs, 70):
-    runs = [hopper_program._run_of_steps(program, total, programs) for program in range(programs)]
+    runs = [hopper_program.run_of_steps(program, total, programs) for program in range(programs)]
     assert min(count for _, count in runs) >= 1
     assert [int(first) + i for first, count in runs for i in range(count)] == list(range(total))
 
