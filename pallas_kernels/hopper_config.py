@@ -11,6 +11,7 @@ from pallas_kernels.problem import MatmulProblem
 FEW_REGISTERS = 32  # of a thread that does not compute
 _LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96, 6: 80}  # per thread, by warpgroups of a program
 _MANY_ROWS = 128
+_BARRIER_BYTES = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +149,17 @@ class HopperConfig:
 
     None is the problem that takes the least: 2:4 sparse, with a group a stage.
     """
+    y = 0 if self.y_in_ring else self.y_bytes
+    return (H200.shared_memory - y - _BARRIER_BYTES) // self.stage_bytes(problem)
+
+  @property
+  def y_bytes(self) -> int:
+    """Shared memory of the warpgroups' sums."""
+    size = 4 if self.reduces else 2
+    return self.compute_warpgroups * self.block_m * PITCH[size] * size
+
+  def stage_bytes(self, problem: MatmulProblem | None = None) -> int:
+    """Shared memory of a stage at the most, with float32 scales; None: see `max_stages`."""
     bits, groups, group_bytes = 3, 1, 4
     if problem is not None:
       bits, groups = 3 if problem.sparse24 else problem.bits, self.groups_per_stage(problem)
@@ -156,6 +168,48 @@ class HopperConfig:
     stage = words + self.block_m * self.block_k * 2 + groups * self.block_n * group_bytes
     if self.sum_zeros:
       stage += self.block_k // layout.TILE * self.block_m * 4
-    size = 4 if self.reduces else 2
-    y = 0 if self.y_in_ring else self.compute_warpgroups * self.block_m * PITCH[size] * size
-    return (H200.shared_memory - y - 2048) // stage
+    return stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChainConfig:
+  """Products in one launch, each of which reads what the one before wrote (hopper_chain.py).
+
+  Attributes:
+    products: a config each, of as many warpgroups, in clusters of two programs or without.
+    clusters: of two programs; all of them must be on the card at once.
+  """
+
+  products: tuple[HopperConfig, ...]
+  clusters: int
+
+  def __post_init__(self):
+    first = self.products[0]
+    for c in self.products:
+      if (c.compute_warpgroups, c.block_m) != (first.compute_warpgroups, first.block_m):
+        raise ValueError(f"products={self.products} must be of one block_m and of as many warpgroups")
+      if c.sum_zeros or c.split_k > 2 or c.y_in_ring:
+        raise ValueError(f"{c} must not sum zeros, not split K by more than 2, and have less than {_MANY_ROWS} rows")
+    if self.clusters < 1:
+      raise ValueError(f"clusters={self.clusters} must be at least 1")
+
+  def blocks(self, i: int, problem: MatmulProblem) -> int:
+    """Of columns that product i has."""
+    return -(-problem.n // self.products[i].block_n)
+
+  def turns(self, i: int, problem: MatmulProblem) -> int:
+    """How many of these the busiest program computes, or cluster where K is split."""
+    return -(-self.blocks(i, problem) // (self.clusters * 2 // self.products[i].split_k))
+
+  def unfit_reason(self, problems: tuple[MatmulProblem, ...]) -> str | None:
+    """Why the kernel cannot compute `problems` with this config; None if it can."""
+    for c, problem in zip(self.products, problems, strict=True):
+      if problem.m > c.block_m:
+        return f"{problem} has more than block_m={c.block_m} rows"
+      if reason := c.unfit_reason(problem):
+        return reason
+    stages = max(c.num_stages * c.stage_bytes(problem) for c, problem in zip(self.products, problems, strict=True))
+    size = stages + max(c.y_bytes for c in self.products) + _BARRIER_BYTES
+    if size > H200.shared_memory:
+      return f"{self} takes {size} bytes of shared memory, of {H200.shared_memory}"
+    return None
