@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from marlin_jax.quantized import Packed
-from pallas_kernels import DeferredNorm, matmul
+from pallas_kernels import DeferredNorm, after_attention, matmul
 
 
 def quant_matmul(
@@ -59,6 +59,30 @@ def quant_matmul(
     return y.reshape(*batch, y.shape[1])
   y, normed = y
   shape = (*batch, y.shape[1])
+  return y.reshape(shape), _in_batches(normed, shape)
+
+
+def quant_after_attention(
+  x: Float[Array, "*batch K"],
+  residual: Float[Array, "*batch E"],
+  weights: tuple[Packed, Packed, Packed],
+  norms: tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]],
+) -> tuple[Float[Array, "*batch E"], Float[Array, "*batch E"] | DeferredNorm]:
+  """(s, norm(s)) with s = t + SwiGLU(norm(t) @ gate_up) @ down and t = residual + x @ output.
+
+  Args:
+    x: what attention made, in residual's dtype.
+    weights: output, gate_up (as `packing.interleave` makes it) and down, without permutations.
+    norms: (scale, epsilon) of the norm of t and of that of s.
+
+  Raises: as `pallas_kernels.after_attention`.
+  """
+  flat = [array.reshape(-1, array.shape[-1]) for array in (x, residual)]
+  y, normed = after_attention(*flat, tuple((w.qweight, w.scales, w.zeros, w.meta) for w in weights), norms)
+  return y.reshape(residual.shape), _in_batches(normed, residual.shape)
+
+
+def _in_batches(normed: Array | DeferredNorm, shape: tuple[int, ...]) -> Array | DeferredNorm:
   if isinstance(normed, DeferredNorm):
-    return y.reshape(shape), dataclasses.replace(normed, scaled=normed.scaled.reshape(shape))
-  return y.reshape(shape), normed.reshape(shape)
+    return dataclasses.replace(normed, scaled=normed.scaled.reshape(shape))
+  return normed.reshape(shape)

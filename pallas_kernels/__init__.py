@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """4- and 8-bit weight matmul kernels for JAX: arrays in, arrays out."""
 
+from pallas_kernels.after_attention import after_attention
 from pallas_kernels.deferred_norm import DeferredNorm, resolved
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.layout import pack_codes, qweight_shape, unpack_codes
@@ -12,6 +13,7 @@ __all__ = [
   "DeferredNorm",
   "Device",
   "MatmulProblem",
+  "after_attention",
   "choose_implementation",
   "current_device",
   "matmul",

@@ -8,7 +8,7 @@ from pallas_kernels import heuristics, hopper_matmul, layout
 from pallas_kernels.deferred_norm import DeferredNorm
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.hopper_chain import Weight, after_attention_hopper, problems_of
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import check_weight, matmul
 
 Weights = tuple[Weight, Weight, Weight]
 Norms = tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]]
@@ -16,43 +16,56 @@ Norms = tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]
 
 def separate_reason(x: Float[Array, "M K"], weights: Weights, norms: Norms, device: Device) -> str | None:
   """Why `after_attention` takes a launch for each product on `device`; None if it takes one for all."""
-  problems = problems_of(x.shape[0], weights, x.dtype)
+  problems = problems_of(x, weights)
   for problem in problems:
     if reason := hopper_matmul.unsupported_reason(problem, device):
       return reason
   if any(array.dtype != jnp.bfloat16 for array in (x, norms[0][0], norms[1][0])):
     return f"x and norms must be bfloat16, not {x.dtype}, {norms[0][0].dtype}, {norms[1][0].dtype}"
-  sizes = [x.shape[1], *(problem.n for problem in problems)]
-  if any(size % layout.TILE for size in sizes) or problems[0].k != x.shape[1]:
-    return f"sizes {sizes} must be multiples of {layout.TILE}, and of {2 * layout.TILE} where weights are 2:4 sparse"
+  sizes = [size for problem in problems for size in (problem.k, problem.n)]
+  if any(size % layout.TILE for size in sizes):
+    return f"sizes {sizes} must be multiples of {layout.TILE}"
   if heuristics.chain_config(problems, device.num_sms) is None:
     return f"{problems[0].m} rows are too many, or the layer has too many columns, for programs that all run at once"
   return None
 
 
 def after_attention(
-  x: Float[Array, "M K"], residual: Float[Array, "M E"], weights: Weights, norms: Norms
+  x: Float[Array, "M K"],
+  residual: Float[Array, "M E"],
+  weights: Weights,
+  norms: Norms,
+  *,
+  implementation: str | None = None,
 ) -> tuple[Float[Array, "M E"], Float[Array, "M E"] | DeferredNorm]:
   """(s, norm(s)) with s = t + SwiGLU(norm(t) @ gate_up) @ down and t = residual + x @ output.
 
-  On a Hopper GPU one kernel does it for up to 16 rows (`separate_reason` says when not), with the products of
-  `matmul`; else there are three.
+  On a Hopper GPU one kernel does it for up to 16 rows; `separate_reason` says when not. Else there are three products
+  of `matmul`.
 
   Args:
     x: what attention made.
     weights: of the output projection; of gates and ups, columns in turns (`layout.gated_order`); of down. Each is
       (qweight, scales, zeros, meta) as `matmul` takes them, zeros and meta None where there are none.
     norms: (scale, epsilon) of the norm of t and of that of s.
+    implementation: three products by what `matmul` knows under this name.
 
   Raises: as `matmul`.
   """
+  output, gate_up, down = weights
+  features = residual.shape[1]
+  for k, weight in ((x.shape[1], output), (features, gate_up), (gate_up[1].shape[1] // 2, down)):
+    check_weight(k, *weight)
+  for name, (_, scales, *_) in dict(output=output, down=down).items():
+    if scales.shape[1] != features:
+      raise ValueError(f"{name} has scales {scales.shape}, must have the residual's {features} columns")
   device = current_device()
-  if len(x) and device.platform == "cuda" and separate_reason(x, weights, norms, device) is None:
-    config = heuristics.chain_config(problems_of(x.shape[0], weights, x.dtype), device.num_sms)
+  if implementation is None and len(x) and separate_reason(x, weights, norms, device) is None:
+    config = heuristics.chain_config(problems_of(x, weights), device.num_sms)
     (before, epsilon_before), (after, epsilon) = norms
     scales = before, after
     s, scaled, squares = after_attention_hopper(x, residual, weights, scales, epsilon=epsilon_before, config=config)
     return s, DeferredNorm(scaled=scaled, squares=squares, epsilon=epsilon)
-  output, gate_up, down = weights
-  t, normed = matmul(x, *output, residual=residual, norm=norms[0])
-  return matmul(matmul(normed, *gate_up, gated=True), *down, residual=t, norm=norms[1])
+  t, normed = matmul(x, *output, residual=residual, norm=norms[0], implementation=implementation)
+  h = matmul(normed, *gate_up, gated=True, implementation=implementation)
+  return matmul(h, *down, residual=t, norm=norms[1], implementation=implementation)

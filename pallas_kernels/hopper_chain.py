@@ -22,16 +22,14 @@ Weight = tuple[Array, Array, Array | None, Array | None]  # qweight, scales, zer
 _PRODUCTS = 3
 
 
-def problems_of(
-  m: int, weights: tuple[Weight, Weight, Weight], dtype
-) -> tuple[MatmulProblem, MatmulProblem, MatmulProblem]:
-  """The three products, of `m` rows."""
-  problems = []
-  for qweight, scales, zeros, meta in weights:
+def problems_of(x: Float[Array, "M K"], weights: tuple[Weight, Weight, Weight]) -> tuple[MatmulProblem, ...]:
+  """The three products."""
+  problems, k = [], x.shape[1]
+  for i, (qweight, scales, zeros, meta) in enumerate(weights):
     groups, n = scales.shape
     kind = dict(bits=qweight.shape[2] // 8, zeros=zeros is not None, sparse24=meta is not None)
-    k = qweight.shape[1] * (2 if meta is not None else 1) * layout.TILE
-    problems.append(MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=dtype, **kind))
+    problems.append(MatmulProblem(m=x.shape[0], n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind))
+    k = n // 2 if i == 1 else n
   return tuple(problems)
 
 
@@ -68,7 +66,7 @@ def after_attention_hopper(
   m, dtype = x.shape[0], x.dtype
   x, residual = (pad(array, rows_of_x(m), layout.TILE) for array in (x, residual))
   rows = x.shape[0]
-  problems = problems_of(rows, weights, dtype)
+  problems = problems_of(x, weights)
   if reason := config.unfit_reason(problems):
     raise ValueError(reason)
   gmem = dict(x=x, residual=residual, norm_0=norms[0], norm_2=norms[1], counts=hopper_grid.counts(_PRODUCTS))

@@ -61,6 +61,21 @@ def choose_implementation(
   raise NotImplementedError(f"no kernel covers {problem} ({refusals}); implementation='reference' covers everything")
 
 
+def check_weight(k: int, qweight: Array, scales: Array, zeros: Array | None, meta: Array | None) -> None:
+  """ValueError unless the arrays are those of one weight of k rows, as `matmul` takes them."""
+  groups, n = scales.shape
+  if groups < 1 or k % groups:
+    raise ValueError(f"scales have {groups} groups, which must divide k={k}")
+  bits = 8 if qweight.shape[2] == 64 else 4
+  shape = layout.qweight_shape(k, n, bits) if meta is None else layout24.qweight_shape(k, n)
+  if qweight.shape != shape:
+    raise ValueError(f"{qweight.shape=} must be {shape} for {k=} and scales {scales.shape}")
+  if zeros is not None and zeros.shape != scales.shape:
+    raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
+  if meta is not None and meta.shape != (shape := layout24.meta_shape(k, n)):
+    raise ValueError(f"{meta.shape=} must be {shape} for {k=} and scales {scales.shape}")
+
+
 def matmul(
   x: Float[Array, "M K"] | DeferredNorm,
   qweight: Int16[Array, "N_tiles K_tiles rows 32"],
@@ -111,16 +126,8 @@ def matmul(
     NotImplementedError: the named implementation, or on a GPU no kernel, covers this problem, and why.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  if groups < 1 or k % groups:
-    raise ValueError(f"scales have {groups} groups, which must divide k={k}")
-  bits = 8 if qweight.shape[2] == 64 else 4
-  shape = layout.qweight_shape(k, n, bits) if meta is None else layout24.qweight_shape(k, n)
-  if qweight.shape != shape:
-    raise ValueError(f"{qweight.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
-  if zeros is not None and zeros.shape != scales.shape:
-    raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
-  if meta is not None and meta.shape != (shape := layout24.meta_shape(k, n)):
-    raise ValueError(f"{meta.shape=} must be {shape} for x {x.shape} and scales {scales.shape}")
+  check_weight(k, qweight, scales, zeros, meta)
+  bits = qweight.shape[2] // 8
   if bias is not None and bias.shape != (n,):
     raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
   if gated and n % 16:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.mlp import MLP, MoE
-from marlin_jax.models.residual import onto, read
+from marlin_jax.models.residual import after_attention, in_one_launch, onto, read
 from marlin_jax.nnx import QuantLinear
 from pallas_kernels import DeferredNorm, layout
 from pallas_kernels.decode_attention import decode_attention
@@ -99,19 +99,16 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B T E"] | DeferredNorm,
-    residual: Float[Array, "B T E"],
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
-    norm: nnx.RMSNorm | None = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T HD"], tuple[Array, Array]]:
     """Attend among the tokens of x (cached is None), or write their keys and values into `cached` and attend to it.
 
-    Without a cache the tokens of x stand at positions 0 .. T-1. Returns s = residual + the output, norm(s) as of
-    `residual.onto`, and the keys and values attended to. `fused` takes the kernel for one token a row, which needs a
-    cache.
+    Without a cache the tokens of x stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
+    values attended to. `fused` takes the kernel for one token a row, which needs a cache.
     """
     queries, keys, values = self._project(x)
     if fused:
@@ -126,7 +123,7 @@ class Attention(nnx.Module):
         start = positions[:, 0]
         keys, values = write(cached[0], keys, start), write(cached[1], values, start)
       attended, cached = attend(queries, keys, values, positions, self.window), (keys, values)
-    return *onto(self.o_proj, attended, residual, norm, fused=fused), cached
+    return attended, cached
 
   def _project(self, x: Float[Array, "B T E"] | DeferredNorm) -> tuple[Array, Array, Array]:
     """The queries, keys and values of x, [B, T, heads, D], normed but not rotated."""
@@ -180,5 +177,9 @@ class DecoderLayer(nnx.Module):
 
     `fused` takes kernels for what is between the products; see `Attention`.
     """
-    x, normed, cached = self.attention(normed, x, positions, rope, cached, self.post_attention_norm, fused=fused)
+    attended, cached = self.attention(normed, positions, rope, cached, fused=fused)
+    layers = self.attention.o_proj, getattr(self.mlp, "swiglu", None), getattr(self.mlp, "down_proj", None)
+    if norm is not None and in_one_launch(layers, x.dtype):
+      return *after_attention(layers, attended, x, (self.post_attention_norm, norm)), cached
+    x, normed = onto(self.attention.o_proj, attended, x, self.post_attention_norm, fused=fused)
     return *self.mlp.onto(x, normed, norm, fused=fused), cached

@@ -4,9 +4,11 @@
 from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from marlin_jax.nnx import QuantLinear
+from marlin_jax.ops import quant_after_attention
 from pallas_kernels import DeferredNorm, resolved
 from pallas_kernels.add_norm import add_norm as add_norm_kernel
 
@@ -27,6 +29,30 @@ def onto(
   if isinstance(layer, QuantLinear):
     return layer(x, residual=residual, norm=norm) if norm is not None else (layer(x, residual=residual), None)
   return add_norm(residual, layer(x), norm, fused=fused)
+
+
+def in_one_launch(layers: tuple[Any, Any, Any], dtype: DTypeLike) -> bool:
+  """Whether `after_attention` takes these layers; if it has a kernel for them is another matter."""
+  return all(
+    isinstance(layer, QuantLinear) and layer.bias is None and layer.permutation is None and layer.dtype in (None, dtype)
+    for layer in layers
+  )
+
+
+def after_attention(
+  layers: tuple[QuantLinear, QuantLinear, QuantLinear],
+  x: Float[Array, "B T K"],
+  residual: Float[Array, "B T E"],
+  norms: tuple[nnx.RMSNorm, nnx.RMSNorm],
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm]:
+  """(s, norm(s)) with s = t + down(swiglu(norm(t))) and t = residual + output(x), in one kernel where there is one.
+
+  Args:
+    layers: output, swiglu and down, of `in_one_launch`.
+    norms: of t and of s.
+  """
+  weights = tuple(layer.packed for layer in layers)
+  return quant_after_attention(x, residual, weights, tuple((norm.scale[...], norm.epsilon) for norm in norms))
 
 
 def add_norm(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole path on a GPU: the kernel is in the program, and the text is the one the specification gives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import GREEDY
 from marlin_jax.generation.scoring import perplexity
 from marlin_jax.quantization import quantize_checkpoint
-from pallas_kernels import matmul
+from pallas_kernels import after_attention, matmul
 from tests.marlin_jax.checkpoint.test_real_checkpoints import folder_of
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +44,7 @@ def by_reference(monkeypatch):
   def call(function):
     with monkeypatch.context() as patch:
       patch.setattr(ops, "matmul", matmul_by_reference)
+      patch.setattr(ops, "after_attention", partial(after_attention, implementation="reference"))
       jax.clear_caches()
       result = function()
     jax.clear_caches()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Residual and norm in the products: a model whose products leave norms to each other computes what it did."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def model(request):
 
 @pytest.fixture
 def counts(monkeypatch):
-  """Puts into the place of `matmul` one that leaves norms to the next product, as the Hopper kernel does, in plain jnp.
+  """Puts in the place of `matmul` one that leaves norms to the next product, as the Hopper kernel does, in plain jnp.
 
   Returns how many products left one and how many took one over.
   """
@@ -54,7 +56,8 @@ def counts(monkeypatch):
     counts["left"] += 1
     return y, DeferredNorm.of(y, *norm)
 
-  monkeypatch.setattr(ops, "matmul", deferring)
+  for module in (ops, sys.modules["pallas_kernels.after_attention"]):
+    monkeypatch.setattr(module, "matmul", deferring)
   return counts
 
 
