@@ -42,7 +42,7 @@ LAYERS = (
   "marlin_jax.cli marlin_jax.__main__",
 )
 KERNEL_IMPORTS = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
-STANDARD = {"dataclasses", "functools", "json", "logging", "math", "os", "pathlib", "typing", "warnings"}
+STANDARD = {"collections", "dataclasses", "functools", "json", "logging", "math", "os", "pathlib", "typing", "warnings"}
 
 
 def layer_of(module: str) -> int:
