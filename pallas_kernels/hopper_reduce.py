@@ -198,14 +198,18 @@ def write_rows(
       return arith.addi(smem, arith.muli(element, constant(4 if reducing else 2)))
 
     def load(slot, row, program):
-      """`width` float32 from the same place of another program's shared memory."""
+      """`width` float32 from the same place of another program's shared memory, or of this one's if it is alone."""
       values = []
       for offset in range(0, 4 * width, 16):
-        text = (
-          "{ .reg .b32 there; mapa.shared::cluster.u32 there, $4, $5;"
-          f" ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there + {offset}]; }}"
-        )
-        values += asm([f32] * 4, [address(slot, row), constant(program)], text, "=f,=f,=f,=f,r,r")
+        text = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+        operands, kinds = [address(slot, row)], "=f,=f,=f,=f,r"
+        if programs > 1:
+          operands, kinds = [*operands, constant(program)], kinds + ",r"
+          text = (
+            "{ .reg .b32 there; mapa.shared::cluster.u32 there, $4, $5;"
+            f" ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [there + {offset}]; }}"
+          )
+        values += asm([f32] * 4, operands, text, kinds)
       return values
 
     def load_words(base, element):
