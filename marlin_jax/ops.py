@@ -65,21 +65,24 @@ def quant_matmul(
 def quant_after_attention(
   x: Float[Array, "*batch K"],
   residual: Float[Array, "*batch E"],
-  weights: tuple[Packed, Packed, Packed],
+  weights: tuple[Packed, Packed, Packed, Packed],
   norms: tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]],
-) -> tuple[Float[Array, "*batch E"], Float[Array, "*batch E"] | DeferredNorm]:
-  """(s, norm(s)) with s = t + SwiGLU(norm(t) @ gate_up) @ down and t = residual + x @ output.
+  bias: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "*batch E"], Float[Array, "*batch E"] | DeferredNorm, Float[Array, "*batch N"]]:
+  """(s, norm(s), norm(s) @ reader + bias) with s = t + SwiGLU(norm(t) @ gate_up) @ down, t = residual + x @ output.
 
   Args:
     x: what attention made, in residual's dtype.
-    weights: output, gate_up (as `packing.interleave` makes it) and down, without permutations.
+    weights: output, gate_up (as `packing.interleave` makes it), down and reader, without permutations.
     norms: (scale, epsilon) of the norm of t and of that of s.
+    bias: of the reader.
 
   Raises: as `pallas_kernels.after_attention`.
   """
   flat = [array.reshape(-1, array.shape[-1]) for array in (x, residual)]
-  y, normed = after_attention(*flat, tuple((w.qweight, w.scales, w.zeros, w.meta) for w in weights), norms)
-  return y.reshape(residual.shape), _in_batches(normed, residual.shape)
+  arrays = tuple((w.qweight, w.scales, w.zeros, w.meta) for w in weights)
+  s, normed, y = after_attention(*flat, arrays, norms, bias)
+  return s.reshape(residual.shape), _in_batches(normed, residual.shape), y.reshape(*x.shape[:-1], -1)
 
 
 def _in_batches(normed: Array | DeferredNorm, shape: tuple[int, ...]) -> Array | DeferredNorm:

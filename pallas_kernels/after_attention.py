@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder layer after its attention: three products with residuals and norms, in one launch where a kernel can."""
+"""Between the attentions of two decoder layers: four products with residuals and norms, in one launch if possible."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,10 +7,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import heuristics, hopper_matmul, layout
 from pallas_kernels.deferred_norm import DeferredNorm
 from pallas_kernels.hardware import Device, current_device
-from pallas_kernels.hopper_chain import Weight, after_attention_hopper, problems_of
+from pallas_kernels.hopper_chain import Weights, after_attention_hopper, problems_of
 from pallas_kernels.matmul import check_weight, matmul
 
-Weights = tuple[Weight, Weight, Weight]
 Norms = tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]]
 
 
@@ -26,7 +25,9 @@ def separate_reason(x: Float[Array, "M K"], weights: Weights, norms: Norms, devi
   if any(size % layout.TILE for size in sizes):
     return f"sizes {sizes} must be multiples of {layout.TILE}"
   if heuristics.chain_config(problems, device.num_sms) is None:
-    return f"{problems[0].m} rows are too many, or the layer has too many columns, for programs that all run at once"
+    return (
+      f"{problems[0].m} rows are too many, or the layer has too many columns, for programs that are all there at once"
+    )
   return None
 
 
@@ -35,26 +36,30 @@ def after_attention(
   residual: Float[Array, "M E"],
   weights: Weights,
   norms: Norms,
+  bias: Float[Array, " N"] | None = None,
   *,
   implementation: str | None = None,
-) -> tuple[Float[Array, "M E"], Float[Array, "M E"] | DeferredNorm]:
-  """(s, norm(s)) with s = t + SwiGLU(norm(t) @ gate_up) @ down and t = residual + x @ output.
+) -> tuple[Float[Array, "M E"], Float[Array, "M E"] | DeferredNorm, Float[Array, "M N"]]:
+  """(s, norm(s), y): all that is between the attention of a decoder layer and that of the next.
 
-  On a Hopper GPU one kernel does it for up to 16 rows; `separate_reason` says when not. Else there are three products
+      t = residual + x @ output;  s = t + SwiGLU(norm(t) @ gate_up) @ down;  y = norm(s) @ reader + bias
+
+  On a Hopper GPU one kernel does it for up to 16 rows; `separate_reason` says when not. Else there are four products
   of `matmul`.
 
   Args:
     x: what attention made.
-    weights: of the output projection; of gates and ups, columns in turns (`layout.gated_order`); of down. Each is
-      (qweight, scales, zeros, meta) as `matmul` takes them, zeros and meta None where there are none.
+    weights: output; gate_up, columns of gates and ups in turns (`layout.gated_order`); down; reader, which is the next
+      layer's. Each is (qweight, scales, zeros, meta) as `matmul` takes them, zeros and meta None where there are none.
     norms: (scale, epsilon) of the norm of t and of that of s.
-    implementation: three products by what `matmul` knows under this name.
+    bias: of the reader.
+    implementation: four products by what `matmul` knows under this name.
 
   Raises: as `matmul`.
   """
-  output, gate_up, down = weights
+  output, gate_up, down, reader = weights
   features = residual.shape[1]
-  for k, weight in ((x.shape[1], output), (features, gate_up), (gate_up[1].shape[1] // 2, down)):
+  for k, weight in ((x.shape[1], output), (features, gate_up), (gate_up[1].shape[1] // 2, down), (features, reader)):
     check_weight(k, *weight)
   for name, (_, scales, *_) in dict(output=output, down=down).items():
     if scales.shape[1] != features:
@@ -63,9 +68,10 @@ def after_attention(
   if implementation is None and len(x) and separate_reason(x, weights, norms, device) is None:
     config = heuristics.chain_config(problems_of(x, weights), device.num_sms)
     (before, epsilon_before), (after, epsilon) = norms
-    scales = before, after
-    s, scaled, squares = after_attention_hopper(x, residual, weights, scales, epsilon=epsilon_before, config=config)
-    return s, DeferredNorm(scaled=scaled, squares=squares, epsilon=epsilon)
+    options = dict(epsilons=(epsilon_before, epsilon), config=config)
+    s, scaled, squares, y = after_attention_hopper(x, residual, weights, (before, after), bias, **options)
+    return s, DeferredNorm(scaled=scaled, squares=squares, epsilon=epsilon), y
   t, normed = matmul(x, *output, residual=residual, norm=norms[0], implementation=implementation)
   h = matmul(normed, *gate_up, gated=True, implementation=implementation)
-  return matmul(h, *down, residual=t, norm=norms[1], implementation=implementation)
+  s, normed = matmul(h, *down, residual=t, norm=norms[1], implementation=implementation)
+  return s, normed, matmul(normed, *reader, bias, implementation=implementation)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three products of a decoder layer after its attention, in one launch of the Hopper kernel."""
+"""The products between the attentions of two decoder layers, in one launch of the Hopper kernel."""
 
 import functools
 from typing import Any
@@ -18,33 +18,36 @@ from pallas_kernels.hopper_program import Block, compute, copy, wait_for_cluster
 from pallas_kernels.problem import MatmulProblem
 
 Weight = tuple[Array, Array, Array | None, Array | None]  # qweight, scales, zeros, meta
+Weights = tuple[Weight, Weight, Weight, Weight]  # output, gate_up, down, reader
 
-_PRODUCTS = 3
+_OUTPUT, _GATE_UP, _DOWN, _READER = range(4)
+_READ_NORMED, _ADD_TO_RESIDUAL = (_GATE_UP, _READER), (_OUTPUT, _DOWN)
 
 
-def problems_of(x: Float[Array, "M K"], weights: tuple[Weight, Weight, Weight]) -> tuple[MatmulProblem, ...]:
-  """The three products."""
+def problems_of(x: Float[Array, "M K"], weights: Weights) -> tuple[MatmulProblem, ...]:
+  """The four products."""
   problems, k = [], x.shape[1]
   for i, (qweight, scales, zeros, meta) in enumerate(weights):
     groups, n = scales.shape
     kind = dict(bits=qweight.shape[2] // 8, zeros=zeros is not None, sparse24=meta is not None)
     problems.append(MatmulProblem(m=x.shape[0], n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind))
-    k = n // 2 if i == 1 else n
+    k = n // 2 if i == _GATE_UP else n
   return tuple(problems)
 
 
 # A jit of its own, as `matmul_hopper` is: all layers of a model share one compilation.
-@functools.partial(jax.jit, static_argnames=("epsilon", "config"))
+@functools.partial(jax.jit, static_argnames=("epsilons", "config"))
 def after_attention_hopper(
   x: Float[Array, "M K"],
   residual: Float[Array, "M E"],
-  weights: tuple[Weight, Weight, Weight],
+  weights: Weights,
   norms: tuple[Float[Array, " E"], Float[Array, " E"]],
+  bias: Float[Array, " N"] | None = None,
   *,
-  epsilon: float,
+  epsilons: tuple[float, float],
   config: ChainConfig,
-) -> tuple[Float[Array, "M E"], Float[Array, "M E"], Float32[Array, "T M"]]:
-  """s = t + SwiGLU(norm(t) @ gate_up) @ down with t = residual + x @ output; and what is left of s's norm.
+) -> tuple[Float[Array, "M E"], Float[Array, "M E"], Float32[Array, "T M"], Float[Array, "M N"]]:
+  """s = t + SwiGLU(norm(t) @ gate_up) @ down with t = residual + x @ output; and y = norm(s) @ reader + bias.
 
   Each product is that of `matmul_hopper`, block for block; its programs are all on the card from the beginning to the
   end, and wait in between for what the others wrote (hopper_grid.py). What that saves is the end of one launch, the
@@ -52,13 +55,13 @@ def after_attention_hopper(
 
   Args:
     x: what attention made, bfloat16; M at most config's block_m.
-    weights: (qweight, scales, zeros, meta) of the output projection, of gates and ups in turns, of down; all sizes
-      multiples of 64.
+    weights: output, gates and ups in turns, down, reader; all sizes multiples of 64.
     norms: scales of the norm of t and of that of s.
-    epsilon: of the norm of t.
+    bias: of the reader.
+    epsilons: of these norms.
 
   Returns:
-    s, s times the scale of its norm, and the sums of its squares, 64 columns each: see DeferredNorm.
+    s; s times the scale of its norm and the sums of its squares, 64 columns each (DeferredNorm); y.
 
   Raises:
     ValueError: config is not for such products.
@@ -69,33 +72,29 @@ def after_attention_hopper(
   problems = problems_of(x, weights)
   if reason := config.unfit_reason(problems):
     raise ValueError(reason)
-  gmem = dict(x=x, residual=residual, norm_0=norms[0], norm_2=norms[1], counts=hopper_grid.counts(_PRODUCTS))
+  products = tuple(zip(config.products, problems, strict=True))
+  gmem = {"x": x, "residual": residual, f"norm_{_OUTPUT}": norms[0], f"norm_{_DOWN}": norms[1]}
+  if bias is not None:
+    gmem["bias"] = pad(bias[None], 1, config.products[_READER].block_n)[0]
   for i, weight in enumerate(weights):
     gmem |= {f"{name}_{i}": array for name, array in weight_operands(*weight, dtype).items()}
+  gmem["counts"] = hopper_grid.counts(len(products))
   outputs = {}
   for i, problem in enumerate(problems):
-    columns = problem.n // 2 if i == 1 else problem.n
+    columns = problem.n // 2 if i == _GATE_UP else problem.n
     outputs[f"y_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
-    if i != 1:
+    if i in _ADD_TO_RESIDUAL:
       outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
       outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
-  rings = [
-    ring(c, problem, scales.dtype)
-    for c, problem, (_, scales, *_) in zip(config.products, problems, weights, strict=True)
-  ]
-  blocks = [
-    scratch(c, problem, len(stages), normalized=i == 1)
-    for i, (c, problem, stages) in enumerate(zip(config.products, problems, rings, strict=True))
-    for _ in range(config.turns(i, problem))
+  rings = [ring(c, problem, scales.dtype) for (c, problem), (_, scales, *_) in zip(products, weights, strict=True)]
+  of_products = [
+    scratch(c, problem, len(stages), normalized=i in _READ_NORMED)
+    for i, ((c, problem), stages) in enumerate(zip(products, rings, strict=True))
   ]
   results = plgpu.kernel(
-    functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilon=epsilon),
+    functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilons=epsilons),
     out_type=tuple(outputs.values()),
-    scratch_types=[
-      plgpu.RefUnion(*rings),
-      plgpu.RefUnion(*(y_smem(c, problem) for c, problem in zip(config.products, problems, strict=True))),
-      blocks,
-    ],
+    scratch_types=[plgpu.RefUnion(*rings), plgpu.RefUnion(*(y_smem(*product) for product in products)), of_products],
     grid=(config.clusters,),
     grid_names=("cluster",),
     cluster=(2,),
@@ -107,12 +106,12 @@ def after_attention_hopper(
       unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
   )(*gmem.values())
-  results = dict(zip(outputs, results, strict=True))
-  return results["y_2"][:m], results["scaled_2"][:m], results["squares_2"][:, :m]
+  y = dict(zip(outputs, results, strict=True))
+  return y[f"y_{_DOWN}"][:m], y[f"scaled_{_DOWN}"][:m], y[f"squares_{_DOWN}"][:, :m], y[f"y_{_READER}"][:m]
 
 
-def _program(*refs, names, config: ChainConfig, problems, epsilon: float):
-  """The blocks of all products that one program computes, in order.
+def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float, float]):
+  """The blocks that one program computes, one of each product or none, in order.
 
   copying warpgroup       of each block: a few stages of weights; wait until what it reads is written; the rest
   computing warpgroups    compute the block, publish what it wrote; its stages are the next block's by then
@@ -125,58 +124,54 @@ def _program(*refs, names, config: ChainConfig, problems, epsilon: float):
 
   def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a product reads and what it writes."""
-    weight = {name: gmem[f"{name}_{i}"] for name in ("words", "scales", "zeros", "meta") if f"{name}_{i}" in gmem}
-    if i == 1:
-      return weight | dict(x=gmem["scaled_0"], squares=gmem["squares_0"]), (gmem["y_1"],)
-    reads = dict(x=gmem["x"], residual=gmem["residual"]) if i == 0 else dict(x=gmem["y_1"], residual=gmem["y_0"])
-    return weight | reads | dict(norm=gmem[f"norm_{i}"]), tuple(
-      gmem[f"{name}_{i}"] for name in ("y", "scaled", "squares")
-    )
+    reads = {name: gmem[f"{name}_{i}"] for name in ("words", "scales", "zeros", "meta") if f"{name}_{i}" in gmem}
+    if i in _READ_NORMED:
+      reads |= dict(x=gmem[f"scaled_{i - 1}"], squares=gmem[f"squares_{i - 1}"])
+      return reads | ({"bias": gmem["bias"]} if i == _READER and "bias" in gmem else {}), (gmem[f"y_{i}"],)
+    x, residual = ("x", "residual") if i == _OUTPUT else (f"y_{_GATE_UP}", f"y_{_OUTPUT}")
+    reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
+    return reads, tuple(gmem[f"{name}_{i}"] for name in ("y", "scaled", "squares"))
 
-  blocks = []  # (product, block, whether this program has one)
+  blocks = []  # and whether this program has it
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
-    split = c.split_k == 2
-    first, count = (cluster, config.clusters) if split else (2 * cluster + half, 2 * config.clusters)
-    of_product = dict(config=c, problem=problem, gated=i == 1, epsilon=epsilon, gmem=reads, outputs=writes)
-    for turn in range(config.turns(i, problem)):
-      of_program = dict(smem=rings[i], y_smem=sums[i], scratch=scratches[len(blocks)])
-      n = first + turn * count
-      block = Block(**of_product, **of_program, n=n, m=0, k=half if split else 0)
-      blocks.append((i, block, n < config.blocks(i, problem)))
+    n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
+    of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
+    of_program = dict(smem=rings[i], y_smem=sums[i], scratch=scratches[i], n=n, m=0, k=k)
+    block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1])
+    blocks.append((block, n < config.blocks(i, problem)))
 
   @pl.when(wg == compute_warpgroups)
   def _():
     plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-    for at, (i, block, mine) in enumerate(blocks):
+    for i, (block, mine) in enumerate(blocks):
 
       def wait_for_x(i=i):
-        if i:
-          written = config.blocks(i - 1, problems[i - 1]) * config.products[i - 1].split_k * compute_warpgroups
-          hopper_grid.wait_for(counts, i - 1, written)
+        programs = config.blocks(i - 1, problems[i - 1]) * config.products[i - 1].split_k
+        hopper_grid.wait_for(counts, i - 1, programs * compute_warpgroups)
 
       @pl.when(mine)
-      def _(at=at, block=block, wait_for_x=wait_for_x):
-        copy(block, wait_for_x if at else None)
+      def _(i=i, block=block, wait_for_x=wait_for_x):
+        copy(block, wait_for_x if i else None)
 
-    hopper_grid.leave(counts, _PRODUCTS, 2 * config.clusters)
+    hopper_grid.leave(counts, len(blocks), 2 * config.clusters)
 
   @pl.when(wg < compute_warpgroups)
   def _():
     plgpu.set_max_registers(config.products[0].compute_registers, action="increase")
-    for at, (i, block, mine) in enumerate(blocks):
+    for i, (block, mine) in enumerate(blocks):
 
-      def let_go(at=at):
+      def let_go(i=i):
         """The stages are empty, for the next block."""
-        if at + 1 < len(blocks):
-          following = blocks[at + 1][1]
+        if i + 1 < len(blocks):
+          following, _ = blocks[i + 1]
           for stage in range(following.config.num_stages):
             plgpu.barrier_arrive(following.scratch["empty"].at[stage])
 
       @pl.when(mine)
       def _(i=i, block=block, let_go=let_go):
         compute(block, wg, let_go)
-        if i + 1 < _PRODUCTS:
+        if i + 1 < len(blocks):
           hopper_grid.publish(counts, i)
         wait_for_cluster(block, wg)
 

@@ -194,18 +194,16 @@ class ChainConfig:
       raise ValueError(f"clusters={self.clusters} must be at least 1")
 
   def blocks(self, i: int, problem: MatmulProblem) -> int:
-    """Of columns that product i has."""
+    """Of columns that product i has; a program, or a cluster where K is split, has one of them or none."""
     return -(-problem.n // self.products[i].block_n)
-
-  def turns(self, i: int, problem: MatmulProblem) -> int:
-    """How many of these the busiest program computes, or cluster where K is split."""
-    return -(-self.blocks(i, problem) // (self.clusters * 2 // self.products[i].split_k))
 
   def unfit_reason(self, problems: tuple[MatmulProblem, ...]) -> str | None:
     """Why the kernel cannot compute `problems` with this config; None if it can."""
-    for c, problem in zip(self.products, problems, strict=True):
+    for i, (c, problem) in enumerate(zip(self.products, problems, strict=True)):
       if problem.m > c.block_m:
         return f"{problem} has more than block_m={c.block_m} rows"
+      if self.blocks(i, problem) > (most := self.clusters * 2 // c.split_k):
+        return f"{problem} has more than {most} blocks of columns"
       if reason := c.unfit_reason(problem):
         return reason
     stages = max(c.num_stages * c.stage_bytes(problem) for c, problem in zip(self.products, problems, strict=True))

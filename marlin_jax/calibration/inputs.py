@@ -112,7 +112,8 @@ class _Tap:
 
 def _call(layer: Any, hidden: Array, config: ModelConfig) -> Array:
   positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
-  x, _, _ = layer(hidden, layer.input_norm(hidden), positions, rope_table(config, positions), None)
+  projected = layer.attention.project(layer.input_norm(hidden))
+  x, *_ = layer(hidden, projected, positions, rope_table(config, positions), None)
   return x
 
 

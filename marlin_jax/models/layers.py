@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Float32, Int
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.mlp import MLP, MoE
-from marlin_jax.models.residual import after_attention, in_one_launch, onto, read
+from marlin_jax.models.residual import after_attention, between_attentions, onto, read
 from marlin_jax.nnx import QuantLinear
 from pallas_kernels import DeferredNorm, layout
 from pallas_kernels.decode_attention import decode_attention
 
+Projected = tuple[Float[Array, "B T _"], ...]  # queries, keys and values; one array after `fuse`
 Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
 
 
@@ -98,25 +99,25 @@ class Attention(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "B T E"] | DeferredNorm,
+    projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
     *,
     fused: bool = False,
   ) -> tuple[Float[Array, "B T HD"], tuple[Array, Array]]:
-    """Attend among the tokens of x (cached is None), or write their keys and values into `cached` and attend to it.
+    """Attend among the tokens (cached is None), or write their keys and values into `cached` and attend to it.
 
-    Without a cache the tokens of x stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
+    Without a cache the tokens stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
     values attended to. `fused` takes the kernel for one token a row, which needs a cache.
     """
-    queries, keys, values = self._project(x)
+    queries, keys, values = self._heads(projected)
     if fused:
       assert cached is not None
       qkv = jnp.concatenate([queries, keys, values], axis=2)[:, 0]
       cos, sin = rope
       attended, *cached = decode_attention(qkv, *cached, positions[:, 0], cos[:, 0], sin[:, 0], window=self.window)
-      attended, cached = attended.reshape(*x.shape[:2], -1), tuple(cached)
+      attended, cached = attended.reshape(*positions.shape, -1), tuple(cached)
     else:
       queries, keys = rotate(queries, rope), rotate(keys, rope)
       if cached is not None:
@@ -125,15 +126,18 @@ class Attention(nnx.Module):
       attended, cached = attend(queries, keys, values, positions, self.window), (keys, values)
     return attended, cached
 
-  def _project(self, x: Float[Array, "B T E"] | DeferredNorm) -> tuple[Array, Array, Array]:
-    """The queries, keys and values of x, [B, T, heads, D], normed but not rotated."""
+  def project(self, x: Float[Array, "B T E"] | DeferredNorm) -> Projected:
+    """The queries, keys and values of x, of all heads."""
+    projections = (self.qkv_proj,) if hasattr(self, "qkv_proj") else (self.q_proj, self.k_proj, self.v_proj)
+    return tuple(read(project, x) for project in projections)
+
+  def _heads(self, projected: Projected) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, [B, T, heads, D], normed but not rotated."""
     config = self.config
-    if hasattr(self, "qkv_proj"):
-      heads = read(self.qkv_proj, x).reshape(*x.shape[:2], -1, config.head_dim)
-      queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
-    else:
-      projections = (self.q_proj, self.k_proj, self.v_proj)
-      queries, keys, values = (read(project, x).reshape(*x.shape[:2], -1, config.head_dim) for project in projections)
+    heads = [array.reshape(*array.shape[:2], -1, config.head_dim) for array in projected]
+    if len(heads) == 1:
+      heads = jnp.split(heads[0], [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+    queries, keys, values = heads
     if config.qk_norm:
       queries, keys = self.q_norm(queries), self.k_norm(keys)
     return queries, keys, values
@@ -165,21 +169,29 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B T E"],
-    normed: Float[Array, "B T E"] | DeferredNorm,
+    projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
     cached: tuple[Array, Array] | None,
     norm: nnx.RMSNorm | None = None,
+    following: "DecoderLayer | None" = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, tuple[Array, Array]]:
-    """(x, norm(x), cached) after this layer, of x and its `normed` by `input_norm`; `norm` is that of what comes after.
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, Projected | None, tuple[Array, Array]]:
+    """(x, norm(x), projected, cached) after this layer, of x and what its attention projected of it.
 
-    `fused` takes kernels for what is between the products; see `Attention`.
+    Args:
+      norm: that of what comes after.
+      following: the layer that comes after, whose attention projects norm(x).
+      fused: takes kernels for what is between the products; see `Attention`.
     """
-    attended, cached = self.attention(normed, positions, rope, cached, fused=fused)
-    layers = self.attention.o_proj, getattr(self.mlp, "swiglu", None), getattr(self.mlp, "down_proj", None)
-    if norm is not None and in_one_launch(layers, x.dtype):
-      return *after_attention(layers, attended, x, (self.post_attention_norm, norm)), cached
+    attended, cached = self.attention(projected, positions, rope, cached, fused=fused)
+    # What the last layer projects nobody reads: that way its kernel is the one of all others, and not compiled apart.
+    reader = getattr((following or self).attention, "qkv_proj", None)
+    layers = self.attention.o_proj, getattr(self.mlp, "swiglu", None), getattr(self.mlp, "down_proj", None), reader
+    if norm is not None and between_attentions(layers, x.dtype):
+      x, normed, y = after_attention(layers, attended, x, (self.post_attention_norm, norm))
+      return x, normed, (y,), cached
     x, normed = onto(self.attention.o_proj, attended, x, self.post_attention_norm, fused=fused)
-    return *self.mlp.onto(x, normed, norm, fused=fused), cached
+    x, normed = self.mlp.onto(x, normed, norm, fused=fused)
+    return x, normed, None if following is None else following.attention.project(normed), cached

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between two products of a decoder layer: residual and norm, left to the products that are quantized."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -31,28 +31,37 @@ def onto(
   return add_norm(residual, layer(x), norm, fused=fused)
 
 
-def in_one_launch(layers: tuple[Any, Any, Any], dtype: DTypeLike) -> bool:
-  """Whether `after_attention` takes these layers; if it has a kernel for them is another matter."""
+Layers = tuple[QuantLinear, QuantLinear, QuantLinear, QuantLinear]
+
+
+def between_attentions(layers: tuple[Any, ...], dtype: DTypeLike) -> TypeGuard[Layers]:
+  """Whether `after_attention` takes these layers: quantized, with no bias but the last one's, without permutations."""
   return all(
-    isinstance(layer, QuantLinear) and layer.bias is None and layer.permutation is None and layer.dtype in (None, dtype)
+    isinstance(layer, QuantLinear)
+    and layer.permutation is None
+    and layer.dtype in (None, dtype)
+    and (layer.bias is None or layer is layers[-1])
     for layer in layers
   )
 
 
 def after_attention(
-  layers: tuple[QuantLinear, QuantLinear, QuantLinear],
+  layers: Layers,
   x: Float[Array, "B T K"],
   residual: Float[Array, "B T E"],
   norms: tuple[nnx.RMSNorm, nnx.RMSNorm],
-) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm]:
-  """(s, norm(s)) with s = t + down(swiglu(norm(t))) and t = residual + output(x), in one kernel where there is one.
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm, Float[Array, "B T N"]]:
+  """(s, norm(s), reader(norm(s))) with s = t + down(swiglu(norm(t))) and t = residual + output(x).
+
+  In one kernel where there is one for it.
 
   Args:
-    layers: output, swiglu and down, of `in_one_launch`.
+    layers: output, swiglu, down and reader, of `between_attentions`.
     norms: of t and of s.
   """
   weights = tuple(layer.packed for layer in layers)
-  return quant_after_attention(x, residual, weights, tuple((norm.scale[...], norm.epsilon) for norm in norms))
+  bias = None if layers[-1].bias is None else layers[-1].bias[...]
+  return quant_after_attention(x, residual, weights, tuple((norm.scale[...], norm.epsilon) for norm in norms), bias)
 
 
 def add_norm(

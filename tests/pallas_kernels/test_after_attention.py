@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three products in one launch compute what they compute one after the other."""
+"""Four products in one launch compute what they compute one after the other."""
 
 import dataclasses
 import functools
@@ -29,9 +29,16 @@ KINDS = [
   dict(group_size=32),
   dict(group_size=None),
 ]
-# Features of attention and of the layer, of the MLP; programs without a block, two turns and both in one.
-SIZES = [(512, 1024, 3072), (4096, 4096, 14336), (1024, 1024, 25600), (5120, 5120, 27648)]
+# What attention makes, the layer has, the MLP has, the reader makes. A small one, in which K is split in some products;
+# Llama-3-8B; Qwen2.5-1.5B.
+SIZES = [(512, 1024, 3072, 768), (4096, 4096, 14336, 6144), (1536, 1536, 8960, 2048)]
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+
+
+def products(sizes):
+  """(k, n) of each."""
+  attention, features, hidden, read = sizes
+  return (attention, features), (features, 2 * hidden), (hidden, features), (features, read)
 
 
 def weight_shapes(k, n, *, group_size=128, bits=4, zeros=False, sparse24=False):
@@ -43,10 +50,7 @@ def weight_shapes(k, n, *, group_size=128, bits=4, zeros=False, sparse24=False):
 
 
 def layer_shapes(sizes, **kind):
-  attention, features, hidden = sizes
-  return tuple(
-    weight_shapes(k, n, **kind) for k, n in ((attention, features), (features, 2 * hidden), (hidden, features))
-  )
+  return tuple(weight_shapes(k, n, **kind) for k, n in products(sizes))
 
 
 def random_weight(rng, k, n, *, group_size=128, bits=4, zeros=False, sparse24=False):
@@ -62,25 +66,21 @@ def random_weight(rng, k, n, *, group_size=128, bits=4, zeros=False, sparse24=Fa
 
 
 def layer(rng, m, sizes, dtype=BF16, **kind):
-  attention, features, hidden = sizes
-  weights = tuple(
-    random_weight(rng, k, n, **kind) for k, n in ((attention, features), (features, 2 * hidden), (hidden, features))
-  )
-  x, residual = (jnp.asarray(rng.normal(size=(m, size)), dtype) for size in (attention, features))
-  norms = tuple((jnp.asarray(rng.uniform(0.5, 2, features), dtype), epsilon) for epsilon in (1e-5, 1e-3))
-  return x, residual, weights, norms
+  weights = tuple(random_weight(rng, k, n, **kind) for k, n in products(sizes))
+  x, residual = (jnp.asarray(rng.normal(size=(m, size)), dtype) for size in sizes[:2])
+  norms = tuple((jnp.asarray(rng.uniform(0.5, 2, sizes[1]), dtype), epsilon) for epsilon in (1e-5, 1e-3))
+  return x, residual, weights, norms, jnp.asarray(rng.normal(size=sizes[3]), dtype)
 
 
 @pytest.mark.parametrize("m", [0, 1, 5])
-def test_it_is_a_layer_after_its_attention(rng, m):
-  x, residual, weights, norms = layer(rng, m, (64, 128, 192), jnp.float32, group_size=32)
-  s, normed = after_attention(x, residual, weights, norms)
-  output, gate_up, down = (
+def test_it_is_what_a_layer_does_after_its_attention(rng, m):
+  x, residual, weights, norms, bias = layer(rng, m, (64, 128, 192, 96), jnp.float32, group_size=32)
+  s, normed, y = after_attention(x, residual, weights, norms, bias)
+  output, gate_up, down, reader = (
     np.asarray(matmul(jnp.eye(w[1].shape[0] * 32, dtype=jnp.float32), *w), np.float64) for w in weights
   )
-  order = layout.gated_order(2 * 192)
   both = np.empty_like(gate_up)
-  both[:, order] = gate_up  # gates first, then ups
+  both[:, layout.gated_order(2 * 192)] = gate_up  # gates first, then ups
   total = np.asarray(residual, np.float64) + np.asarray(x, np.float64) @ output
 
   def norm(y, scale, epsilon):
@@ -88,19 +88,20 @@ def test_it_is_a_layer_after_its_attention(rng, m):
 
   gate, up = np.split(norm(total, *norms[0]) @ both, 2, axis=1)
   total += gate / (1 + np.exp(-gate)) * up @ down
-  np.testing.assert_allclose(s, total, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(resolved(normed), norm(total, *norms[1]), rtol=1e-4, atol=1e-4)
+  after = norm(total, *norms[1])
+  for ours, theirs in ((s, total), (resolved(normed), after), (y, after @ reader + np.asarray(bias))):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_it_says_which_weight_is_wrong(rng):
-  x, residual, (output, gate_up, down), norms = layer(rng, 2, (64, 128, 192), group_size=32)
+  x, residual, (output, gate_up, down, reader), norms, _ = layer(rng, 2, (64, 128, 192, 96), group_size=32)
   with pytest.raises(ValueError, match="6 groups, which must divide k=128"):
-    after_attention(x, residual, (output, down, down), norms)
+    after_attention(x, residual, (output, down, down, reader), norms)
   with pytest.raises(ValueError, match="must divide k=192"):
-    after_attention(x, residual, (output, gate_up, (down[0], down[1][:5], None, None)), norms)
+    after_attention(x, residual, (output, gate_up, (down[0], down[1][:5], None, None), reader), norms)
   wide = random_weight(rng, 64, 192, group_size=32)
   with pytest.raises(ValueError, match=r"output has scales \(2, 192\), must have the residual's 128 columns"):
-    after_attention(x, residual, (wide, gate_up, down), norms)
+    after_attention(x, residual, (wide, gate_up, down, reader), norms)
 
 
 def of_shapes(function, *shapes):
@@ -116,7 +117,7 @@ def shipped(m, sizes):
   return found, heuristics.chain_config(found, num_sms=132)
 
 
-def reason(m=1, sizes=(4096, 4096, 14336), device=H200, dtype=BF16, norm_dtype=BF16, **kind):
+def reason(m=1, sizes=SIZES[1], device=H200, dtype=BF16, norm_dtype=BF16, **kind):
   shape = jax.ShapeDtypeStruct
 
   def ask(x, weights, scale):
@@ -135,14 +136,14 @@ def test_up_to_sixteen_rows_are_one_launch(m, sizes):
 @needs_jax_0_11
 @pytest.mark.parametrize("asked, why", [
   (dict(m=17), "17 rows are too many"),
-  (dict(sizes=(4096, 4096, 14368), group_size=32), "14368, 4096. must be multiples of 64"),
-  (dict(sizes=(8192, 8192, 81920)), "too many columns"),
+  (dict(sizes=(4096, 4096, 14368, 6144), group_size=32), "14368, 4096, 4096, 6144. must be multiples of 64"),
+  (dict(sizes=(5120, 5120, 27648, 7168)), "too many columns"),
   (dict(dtype=jnp.dtype(jnp.float16)), "must be bfloat16, not float16"),
   (dict(norm_dtype=jnp.float32), "bfloat16, bfloat16, float32|bfloat16, float32, float32"),
   (dict(device=Device(platform="cuda", kind="NVIDIA A100", num_sms=108)), "Hopper"),
   (dict(device=Device(platform="cpu", kind="cpu", num_sms=0)), "not on cpu"),
 ])  # fmt: skip
-def test_else_it_says_why_there_are_three(asked, why):
+def test_else_it_says_why_there_are_four(asked, why):
   with pytest.raises(AssertionError, match=why):
     assert reason(**asked) is None, reason(**asked)
 
@@ -152,10 +153,10 @@ def test_programs_are_no_more_than_can_be_there_at_once():
     for sizes in SIZES:
       found, config = shipped(m, sizes)
       assert 2 * config.clusters <= 132
-      for i, problem in enumerate(found):
-        c = config.products[i]
-        programs = 2 * config.clusters // c.split_k
-        assert config.turns(i, problem) * programs * c.block_n >= problem.n  # every column has one
+      for problem, c in zip(found, config.products, strict=True):
+        assert 2 * config.clusters // c.split_k * c.block_n >= problem.n  # every column has one
+  found, config = shipped(1, SIZES[1])
+  assert "more than 62 blocks" in dataclasses.replace(config, clusters=62).unfit_reason(found)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -169,59 +170,59 @@ def test_a_config_that_cannot_be_launched_is_refused(change, message):
   config = HopperConfig(block_m=8, warpgroups_n=4, block_k=128, num_stages=4)
   clusters = change.pop("clusters", 66)
   with pytest.raises(ValueError, match=message):
-    ChainConfig(products=(config, config, dataclasses.replace(config, **change)), clusters=clusters)
+    ChainConfig(products=(config, dataclasses.replace(config, **change)), clusters=clusters)
 
 
 def test_shared_memory_is_that_of_the_largest_product():
   wide = HopperConfig(block_m=16, warpgroups_n=4, block_k=256, num_stages=5)
   deep = HopperConfig(block_m=16, warpgroups_n=1, warpgroups_k=4, block_k=512, num_stages=4)
-  found, _ = shipped(16, (4096, 4096, 14336))
+  found, _ = shipped(16, SIZES[1])
   assert wide.unfit_reason(found[1]) is None
-  assert ChainConfig(products=(wide,) * 3, clusters=66).unfit_reason(found) is None
-  config = ChainConfig(products=(deep, wide, deep), clusters=66)
+  assert ChainConfig(products=(wide,) * 4, clusters=66).unfit_reason(found) is None
+  config = ChainConfig(products=(deep, wide, deep, wide), clusters=66)
   assert "shared memory" in config.unfit_reason(found)  # float32 sums beside the five stages
-  more, _ = shipped(17, (4096, 4096, 14336))
+  more, _ = shipped(17, SIZES[1])
   assert "more than block_m=16 rows" in config.unfit_reason(more)
 
 
 def test_counts_begin_with_zero():
-  assert not hopper_grid.counts(3)[:4].any()
+  assert not hopper_grid.counts(4)[:5].any()
 
 
 @needs_jax_0_11
 @pytest.mark.parametrize("m", [1, 13, 16])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_it_lowers_to_one_kernel_for_an_h200(lower_for_h200, m, kind):
-  sizes, shape = (512, 1024, 3072), jax.ShapeDtypeStruct
+  sizes, shape = SIZES[0], jax.ShapeDtypeStruct
   x, residual = shape((m, sizes[0]), BF16), shape((m, sizes[1]), BF16)
   weights, scale = layer_shapes(sizes, **kind), shape((sizes[1],), BF16)
 
-  def layer_end(x, residual, weights, scale):
-    s, normed = after_attention(x, residual, weights, ((scale, 1e-5), (scale, 1e-5)))
-    return s, normed.scaled, normed.squares
+  def layer_end(x, residual, weights, scale, bias):
+    s, normed, y = after_attention(x, residual, weights, ((scale, 1e-5), (scale, 1e-5)), bias)
+    return s, normed.scaled, normed.squares, y
 
-  text = lower_for_h200(layer_end, x, residual, weights, scale)
+  text = lower_for_h200(layer_end, x, residual, weights, scale, shape((sizes[3],), BF16))
   assert text.count("mosaic_gpu_v2") == 1 and "gpu.triton" not in text
   assert "red.release.gpu" in text and "ld.acquire.gpu" in text
-  assert "dense<[0, 0, 0, 0, 1]>" in text  # a constant, which nothing makes anew
+  assert "dense<[0, 0, 0, 0, 0, 1]>" in text  # a constant, which nothing makes anew
 
 
 @needs_jax_0_11
 @pytest.mark.parametrize("sizes", SIZES)
 def test_shipped_sizes_lower_for_an_h200(lower_for_h200, sizes):
   shape = jax.ShapeDtypeStruct
-  run = functools.partial(after_attention_hopper, epsilon=1e-5, config=shipped(16, sizes)[1])
+  run = functools.partial(after_attention_hopper, epsilons=(1e-5, 1e-5), config=shipped(16, sizes)[1])
   x, residual = shape((16, sizes[0]), BF16), shape((16, sizes[1]), BF16)
   lower_for_h200(run, x, residual, layer_shapes(sizes), (shape((sizes[1],), BF16),) * 2)
 
 
-def run(x, residual, weights, norms, implementation=None):
-  """s and its norm, by a compiled program."""
+def run(x, residual, weights, norms, bias, implementation=None):
+  """s, its norm and what is read of it, by a compiled program."""
 
   @jax.jit
   def compiled(x, residual, weights):
-    s, normed = after_attention(x, residual, weights, norms, implementation=implementation)
-    return s, resolved(normed)
+    s, normed, y = after_attention(x, residual, weights, norms, bias, implementation=implementation)
+    return s, resolved(normed), y
 
   return compiled(x, residual, weights)
 
@@ -240,9 +241,9 @@ def error(found, expected):
 def test_it_computes_what_three_products_do(rng, m, sizes, kind):
   if sizes != SIZES[0] and kind:
     pytest.skip("kinds are for the small layer")
-  x, residual, weights, norms = layer(rng, m, sizes, **kind)
+  x, residual, weights, norms, bias = layer(rng, m, sizes, **kind)
   assert separate_reason(x, weights, norms, H200) is None
-  found, expected = (run(x, residual, weights, norms, implementation=name) for name in (None, "hopper"))
+  found, expected = (run(x, residual, weights, norms, bias, implementation=name) for name in (None, "hopper"))
   # Sums in another order, which now and then rounds t or h to its neighbour.
   for ours, theirs in zip(found, expected, strict=True):
     assert error(ours, theirs) < 2**-9
@@ -252,10 +253,16 @@ def test_it_computes_what_three_products_do(rng, m, sizes, kind):
 @needs_jax_0_11
 @pytest.mark.parametrize("m, sizes", [(1, SIZES[1]), (16, SIZES[0]), (16, SIZES[1])])
 def test_it_has_the_same_bits_two_hundred_times(rng, m, sizes):
-  x, residual, weights, norms = layer(rng, m, sizes)
-  first = run(x, residual, weights, norms)
-  for _ in range(200):
-    for ours, theirs in zip(run(x, residual, weights, norms), first, strict=True):
+  x, residual, weights, norms, bias = layer(rng, m, sizes)
+
+  @jax.jit
+  def compiled(x, residual, weights):
+    s, normed, y = after_attention(x, residual, weights, norms, bias)
+    return s, normed.scaled, normed.squares, y
+
+  first = compiled(x, residual, weights)
+  for again in [compiled(x, residual, weights) for _ in range(200)]:  # one right after the other
+    for ours, theirs in zip(again, first, strict=True):
       np.testing.assert_array_equal(ours, theirs)
 
 
@@ -263,9 +270,10 @@ def test_it_has_the_same_bits_two_hundred_times(rng, m, sizes):
 @needs_jax_0_11
 def test_without_weights_the_residual_is_left(rng):
   """With weights of zero the residual is left, normed."""
-  x, residual, weights, norms = layer(rng, 3, SIZES[0])
+  x, residual, weights, norms, bias = layer(rng, 3, SIZES[0])
   nothing = tuple((jnp.zeros_like(q), jnp.zeros_like(s), None, None) for q, s, *_ in weights)
-  s, normed = run(x, residual, nothing, norms)
+  s, normed, y = run(x, residual, nothing, norms, bias)
   np.testing.assert_array_equal(s, residual)
+  np.testing.assert_array_equal(y, jnp.broadcast_to(bias, y.shape))
   expected = rms_norm(residual, *norms[1])
   np.testing.assert_allclose(normed.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7)
