@@ -28,6 +28,8 @@ from marlin_jax.serving.server import DRAIN_SECONDS, served_model, uvicorn_confi
 from marlin_jax.tokenizer import Tokenizer
 from pallas_kernels import current_device
 
+# Of a row. The rate of an overload follows from what was measured, so its name stands for it.
+_KEY = ("model", "weights", "group_size", "load", "slots", "context", "prompt_tokens", "new_tokens", "device")
 _CANCELLED = 0.1  # of the clients that come when there are too many
 
 
@@ -44,7 +46,8 @@ def bench_serve(
   serving: ServingConfig,
   output: Path | None = None,
 ) -> None:
-  """Serves the model with random weights over HTTP and applies load to it; prints rows and writes a CSV.
+  """Serves the model with random weights over HTTP and applies load to it; prints rows and writes them into a CSV,
+  where rows of what is not measured now stay.
 
   Clients are Locust's, on the same machine, with greedy streamed completions that arrive as a Poisson process. TTFT and
   TPOT are what they see, the mean batch and the recompilations are the server's own. Beside TPOT stands the time of a
@@ -71,12 +74,15 @@ def bench_serve(
     model = random_model(config, spec)
     model.tokenizer = _words(config.vocab_size)
     step = measure_decode(model, serving.slots, prompt_tokens, new_tokens)["step_ms"] / 1e3
-    tests = [(rate, seconds, 0.0) for rate in rates]
+    tests = {f"{rate:g}/s": (rate, seconds, 0.0) for rate in rates}
     if overload:
-      tests.append((2 * serving.slots / (new_tokens * step), overload, _CANCELLED))
-    for row in measure_serving(model, tests, prompt_tokens=prompt_tokens, new_tokens=new_tokens, serving=serving):
+      tests["overload"] = (2 * serving.slots / (new_tokens * step), overload, _CANCELLED)
+    measured = measure_serving(
+      model, list(tests.values()), prompt_tokens=prompt_tokens, new_tokens=new_tokens, serving=serving
+    )
+    for load, row in zip(tests, measured, strict=True):
       rows.append(
-        dict(model=name, weights=weights)
+        dict(model=name, weights=weights, group_size=None if spec is None else spec.group_size, load=load)
         | row
         | dict(
           bare_step_ms=step * 1e3,
@@ -88,7 +94,7 @@ def bench_serve(
       )
       print(_line(rows[-1]), flush=True)
       if output is not None:
-        write_rows(output, rows, digits=4)
+        write_rows(output, rows, key=_KEY, digits=4)
     del model
 
 
@@ -116,7 +122,7 @@ def measure_serving(
           new_tokens=new_tokens,
           cancelled=cancelled,
         )
-        yield runner.run(_measure(load, scheduler, serving.slots))
+        yield runner.run(_measure(load, scheduler, serving))
     finally:
       runner.run(server.__aexit__(None, None, None))
 
@@ -142,13 +148,14 @@ async def _running(model: Decoder, serving: ServingConfig) -> AsyncIterator[tupl
       await task
 
 
-async def _measure(load: Load, scheduler: Scheduler, slots: int) -> dict[str, Any]:
+async def _measure(load: Load, scheduler: Scheduler, serving: ServingConfig) -> dict[str, Any]:
   before, host, device = scheduler.stats, _host_bytes(), _device_bytes()
   outcome = await asyncio.to_thread(apply_load, load)
   after = scheduler.stats
   chunks = after.decode_chunks - before.decode_chunks
   return dict(
-    slots=slots,
+    slots=serving.slots,
+    context=serving.context,
     prompt_tokens=load.prompt_tokens,
     new_tokens=load.new_tokens,
     requests_per_second=load.rate,

@@ -89,10 +89,14 @@ def prefill(
   *,
   cache_length: int,
 ) -> DecodeState:
-  """Runs the padded prompts through the model and chooses the first token of each row; rows of length 0 are padding."""
+  """Runs the padded prompts through the model and chooses the first token of each row; rows of length 0 are padding.
+
+  `cache_length`, at least T, is that of the cache in the state.
+  """
   model = structure.merge(weights)
   rows, width = tokens.shape
-  cache = KVCache.empty(model.config, rows, cache_length, model.dtype)
+  # As long as the prompts until they are through: attention costs every position of the cache, seen or not.
+  cache = KVCache.empty(model.config, rows, width, model.dtype)
   # Padding is to the right: no prompt token attends to it, and decoding overwrites its keys and values one by one.
   hidden, cache = model.hidden(tokens, jnp.zeros(rows, jnp.int32), cache)
   last = jnp.maximum(lengths - 1, 0)
@@ -105,7 +109,7 @@ def prefill(
     seen = jnp.zeros((rows, vocab_size), bool)
     seen = seen.at[jnp.arange(rows)[:, None], jnp.where(inside, tokens, vocab_size)].set(True, mode="drop")
   state = DecodeState(
-    cache=cache,
+    cache=cache.extended(cache_length),
     token=tokens[jnp.arange(rows), last],
     position=last,
     done=lengths == 0,

@@ -36,6 +36,16 @@ class KVCache:
     """How many positions each row has room for."""
     return self.keys[0].shape[1]
 
+  def head(self, row: Int[Array, ""], length: int) -> "KVCache":
+    """The first `length` positions of one row, as a cache of one row: what a prompt that ends there can see."""
+    return jax.tree.map(
+      lambda buffer: jax.lax.dynamic_slice(buffer, (row, 0, 0, 0), (1, length, *buffer.shape[2:])), self
+    )
+
+  def extended(self, length: int) -> "KVCache":
+    """The same keys and values with room for `length` positions a row, at least as many as now; zeros in the new."""
+    return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, length - self.length), (0, 0), (0, 0))), self)
+
 
 def write(
   buffer: Float[Array, "B S Hkv D"], new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]

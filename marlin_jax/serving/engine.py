@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots on the device: rows of the key-value cache and of the decode state; free, being filled, or decoding.
 
-All shapes are fixed by the ServingConfig: chunks of prompts are powers of two up to `prefill_chunk`, and which decode
-program runs depends on what the slots ask for (greedy, drawing, drawing from a part of the vocabulary, the same with
-log-probabilities). `compile` runs each of them once, and after that nothing compiles.
+All shapes are fixed by the ServingConfig. Which program fills a chunk of a prompt depends on where the chunk ends: it
+sees the slot up to the next power of two. Which decode program runs depends on what the slots ask for (greedy, drawing,
+drawing from a part of the vocabulary, the same with log-probabilities). `compile` runs each of them once, and after
+that nothing compiles.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class ServingConfig:
     slots: requests that are decoded at the same time.
     context: positions of a slot: prompt and continuation together.
     chunk: decode steps between two looks at the queue.
-    prefill_chunk: prompt tokens between two chunks of decode steps, a power of two.
+    prefill_chunk: prompt tokens between two chunks of decode steps, at most; a power of two.
     queue_limit: requests that wait for a slot; further ones are turned away.
     max_eos: tokens that may end a request.
     max_logprobs: most likely tokens that are reported beside the chosen one.
@@ -57,9 +58,13 @@ class ServingConfig:
       raise ValueError(f"prefill_chunk={self.prefill_chunk} must be a power of two, at least {_SMALLEST_FILL}")
 
   @property
-  def fills(self) -> tuple[int, ...]:
-    """The widths of prompt chunks that are compiled."""
-    return tuple(1 << i for i in range(_SMALLEST_FILL.bit_length() - 1, self.prefill_chunk.bit_length()))
+  def fills(self) -> tuple[tuple[int, int], ...]:
+    """(visible, width) of the programs that fill prompts: positions of the slot that one sees, tokens that it takes.
+
+    A chunk takes the first that sees its end; so the one that begins a prompt sees nothing but itself.
+    """
+    powers = (1 << i for i in range(_SMALLEST_FILL.bit_length() - 1, (self.context - 1).bit_length()))
+    return tuple((visible, min(visible, self.prefill_chunk)) for visible in (*powers, self.context))
 
 
 # Every combination that `Engine.decode` picks from: more than is asked for is harmless, so not all are compiled.
@@ -70,15 +75,12 @@ class Engine:
   """The device's side of the server; used by one thread.
 
   Attributes:
-    config: the ServingConfig, its context cut to the model's, its prefill_chunk to the context.
+    config: the ServingConfig, its context cut to the model's.
     vocab_size: of the model.
   """
 
   def __init__(self, model: Decoder, config: ServingConfig):
-    context = min(config.context, model.config.max_position_embeddings)
-    # No prompt chunk is wider than the power of two that holds the context.
-    prefill_chunk = min(config.prefill_chunk, max(_SMALLEST_FILL, 1 << (context - 1).bit_length()))
-    self.config = dataclasses.replace(config, context=context, prefill_chunk=prefill_chunk)
+    self.config = dataclasses.replace(config, context=min(config.context, model.config.max_position_embeddings))
     self.vocab_size = model.config.vocab_size
     self._model_config, self._dtype = model.config, model.dtype
     self._structure, self._weights = split(fuse(model))
@@ -105,8 +107,8 @@ class Engine:
 
   def compile(self) -> None:
     """Runs every program once, so that nothing is compiled later; the slots are free afterwards."""
-    for width in self.config.fills:
-      self.fill(0, [0] * width, 0, last=True, sampling=GREEDY, eos_token_ids=())
+    for visible, width in self.config.fills:
+      self.fill(0, [0] * width, visible - width, last=True, sampling=GREEDY, eos_token_ids=())
     self.free([0])
     for needs in _PROGRAMS:
       jax.block_until_ready(self.decode(needs))
@@ -132,7 +134,7 @@ class Engine:
     Returns the first token of the continuation and its log-probabilities, which mean something if this was the last
     chunk; from then on the slot decodes.
     """
-    width = next(fill for fill in self.config.fills if fill >= len(tokens))
+    visible, width = next(fill for fill in self.config.fills if fill[0] >= start + len(tokens))
     padded, eos = np.zeros(width, np.int32), np.full(self.config.max_eos, -1, np.int32)
     padded[: len(tokens)], eos[: len(eos_token_ids)] = tokens, eos_token_ids
     settings = dataclasses.replace(sampling.arrays(), cuts=True)
@@ -148,6 +150,7 @@ class Engine:
       np.uint32(sampling.seed),
       settings,
       eos,
+      visible=visible,
       top=self.config.max_logprobs,
     )
     return token, logprobs

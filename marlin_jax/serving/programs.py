@@ -54,7 +54,7 @@ def _logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], top: int
   )
 
 
-@partial(jax.jit, static_argnames=("structure", "top"), donate_argnames=("slots",))
+@partial(jax.jit, static_argnames=("structure", "visible", "top"), donate_argnames=("slots",))
 def fill(
   structure: Structure,
   weights: list[Array],
@@ -68,9 +68,13 @@ def fill(
   settings: SamplingArrays,
   eos: Int32[Array, " E"],
   *,
+  visible: int,
   top: int,
 ) -> tuple[Slots, Int32[Array, ""], Logprobs]:
   """Runs `tokens[:count]`, which stand at `start` and after, into one slot.
+
+  Of the slot's cache the first `visible` positions are read and written, and start + count must not exceed them: the
+  attention of a chunk costs what it can see, and not what the slot could hold.
 
   Returns the slots, the first token of the continuation and its log-probabilities; both mean something if this is the
   `last` chunk of the prompt, and only then does the slot decode from now on.
@@ -85,7 +89,7 @@ def fill(
 
   state = slots.state
   # Padding is to the right: no token of the prompt attends to it, and what comes next is written over it.
-  hidden, cache = model.hidden(tokens[None], start[None], jax.tree.map(row, state.cache))
+  hidden, cache = model.hidden(tokens[None], start[None], state.cache.head(slot, visible))
   logits = model.logits(hidden[:, count - 1])
   seen = row(state.seen) & (start > 0)
   inside = jnp.arange(tokens.shape[0]) < count

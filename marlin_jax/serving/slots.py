@@ -91,8 +91,11 @@ class Slots:
     if not self._filling:
       return
     ticket = self._filling.popleft()
-    request, start = ticket.request, ticket.filled
-    tokens = list(request.prompt[start : start + self._config.prefill_chunk])
+    request, start, chunk = ticket.request, ticket.filled, self._config.prefill_chunk
+    # What is no whole chunk comes first, where it sees nothing but itself: a narrow chunk at the end would need
+    # programs of its own that see more of the slot.
+    end = start + chunk if start else (len(request.prompt) - 1) % chunk + 1
+    tokens = list(request.prompt[start:end])
     ticket.filled += len(tokens)
     if not ticket.decoding:
       self._filling.append(ticket)

@@ -6,12 +6,15 @@ import csv
 import jax
 import pytest
 
+from marlin_jax.bench import serve
 from marlin_jax.bench.load import Load, apply_load, percentile
 from marlin_jax.bench.plot import plot
 from marlin_jax.bench.serve import _line, _words, bench_serve, measure_serving
 from marlin_jax.bench.shapes import random_model
-from marlin_jax.bench.table import write_rows
+from marlin_jax.bench.table import read_rows, write_rows
+from marlin_jax.quantized import QuantSpec
 from marlin_jax.serving.engine import ServingConfig
+from pallas_kernels import Device
 from tests.marlin_jax.bench.small_model import SMALL
 
 SERVING = ServingConfig(slots=2, context=64, queue_limit=8, prefill_chunk=16)
@@ -56,6 +59,38 @@ def test_every_request_is_accounted_for_at_a_low_load_and_at_too_high_a_one(tmp_
     assert [int(row["refused"]) for row in csv.DictReader(file)] == [0, high["refused"]]
   plot(tmp_path / "of" / "table.csv", tmp_path / "picture.png", "serve")
   assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_keeps_what_a_run_does_not_measure(tmp_path, monkeypatch):
+  steps = iter((10.0, 12.0, 10.0))
+
+  def measured(model, tests, **settings):
+    for rate, seconds, _ in tests:
+      times = dict.fromkeys(("ttft_ms", "ttft_p99_ms", "tpot_ms", "tpot_p99_ms"), 1.0)
+      counts = dict.fromkeys(("answered", "refused", "cancelled", "failed"), seconds)
+      yield (
+        dict(slots=2, context=64, prompt_tokens=4, new_tokens=4, requests_per_second=rate)
+        | counts
+        | times
+        | {"mean_batch": 1.0}
+      )
+
+  monkeypatch.setattr(serve, "current_device", lambda: Device(platform="cuda", kind="a GPU", num_sms=1))
+  monkeypatch.setattr(serve, "measure_decode", lambda *_: {"step_ms": next(steps)})
+  monkeypatch.setattr(serve, "measure_serving", measured)
+
+  def table(spec, rates, seconds, overload):
+    settings = dict(seconds=seconds, overload=overload, prompt_tokens=4, new_tokens=4, serving=SERVING)
+    bench_serve("small", SMALL, [spec], rates, output=tmp_path / "table.csv", **settings)
+    rows = read_rows(tmp_path / "table.csv")
+    return [(row["weights"], row["load"], row["requests_per_second"], row["answered"]) for row in rows]
+
+  first = [("bf16", "1/s", "1", "5"), ("bf16", "2.5/s", "2.5", "5"), ("bf16", "overload", "100", "6")]
+  assert table(None, [1.0, 2.5], 5, 6) == first
+  # The step takes longer now, and the overload is still the overload.
+  second = [first[0], ("bf16", "2.5/s", "2.5", "7"), ("bf16", "overload", "83.33", "8")]
+  assert table(None, [2.5], 7, 8) == second
+  assert table(QuantSpec(group_size=32), [2.5], 9, 0) == [*second, ("4-bit", "2.5/s", "2.5", "9")]
 
 
 def test_a_server_that_is_not_there_fails_every_request():

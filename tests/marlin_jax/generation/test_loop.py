@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,14 @@ def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(mod
     assert set(np.flatnonzero(state.seen[row])) == prompt | {int(state.token[row])}
   np.testing.assert_array_equal(state.position[:3], lengths[:3])
   np.testing.assert_array_equal(state.done, [False, False, False, True])
+
+
+def test_prefill_attends_to_the_prompts_and_not_to_the_room_after_them(model):
+  structure, weights, _, (_, _, *arguments), _ = prefilled(model)
+  program = str(jax.make_jaxpr(partial(loop.prefill, structure, cache_length=77))(weights, *arguments))
+  shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", program)}
+  assert (4, 1, 2, 32, 32) in shapes  # the scores
+  assert {shape for shape in shapes if 77 in shape} == {(4, 77, 1, 16)}  # the cache
 
 
 def test_a_row_that_is_done_emits_nothing_more(model):

@@ -191,6 +191,17 @@ def test_write_drops_what_lies_beyond_the_buffer():
   np.testing.assert_array_equal(written, [[0, 1, 2, 3], [0, 0, 0, 4]])
 
 
+def test_the_head_of_a_row_and_the_room_after_it():
+  cache = jax.tree.map(lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), KVCache.empty(TINY, 3, 5))
+  head = cache.head(jnp.int32(2), 4)
+  longer = head.extended(6)
+  for whole, part, padded in zip(*map(jax.tree.leaves, (cache, head, longer)), strict=True):
+    np.testing.assert_array_equal(part, whole[2:3, :4])
+    np.testing.assert_array_equal(padded[:, :4], part)
+    assert padded.shape == (1, 6, 2, 8) and not padded[:, 4:].any()
+  assert (head.length, longer.length) == (4, 6)
+
+
 def test_a_token_beyond_the_cache_stays_finite():
   model = tiny(sliding_windows=(2, 2))
   hidden, _ = model.hidden(jnp.ones((1, 8), jnp.int32), jnp.array([2]), KVCache.empty(model.config, 1, 4, jnp.float32))

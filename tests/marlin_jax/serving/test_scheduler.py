@@ -53,8 +53,8 @@ def alone(model, prompt, new, sampling=Sampling(), eos=()):
   return [token for (row,) in chunks for token in row]
 
 
-# Both lengths take the same two programs of `generate`; 33 leaves one token for the second chunk, 64 fills it.
-@pytest.mark.parametrize("length", [33, 64])
+# A prompt of 33 tokens begins with a chunk of one, one of 64 with a whole chunk; 100 has the most chunks and sees all.
+@pytest.mark.parametrize("length", [33, 64, 100])
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_tokens_are_those_of_generate(scheduler, model, length, sampling):
   prompt = prompt_of(length, length)

@@ -198,6 +198,16 @@ def test_a_short_prompt_does_not_wait_for_the_whole_of_a_long_one(scripted):
   assert [i for i, event in told if event.finish_reason] == [1, 0]
 
 
+@pytest.mark.parametrize("prompt, starts", [(16, [0]), (17, [0, 1]), (40, [0, 8, 24]), (48, [0, 16, 32])])
+def test_all_chunks_of_a_prompt_but_the_first_are_whole(scripted, prompt, starts):
+  engine = scripted(SCRIPT, **LIMITS)
+  scheduler, _, told = events_of(engine, request(prompt=prompt, new=1))
+  for _ in range(4):
+    scheduler._step()
+  assert engine.fills == [(0, start) for start in starts]
+  assert [event.finish_reason for _, event in told] == ["length"]
+
+
 @pytest.mark.parametrize("method", ["fill", "decode", "free"])
 def test_whatever_fails_everybody_in_a_slot_is_told(scripted, method):
   engine = scripted(SCRIPT, **LIMITS)
