@@ -45,7 +45,8 @@ def after_attention(
       t = residual + x @ output;  s = t + SwiGLU(norm(t) @ gate_up) @ down;  y = norm(s) @ reader + bias
 
   On a Hopper GPU one kernel does it for up to 16 rows; `separate_reason` says when not. Else there are four products
-  of `matmul`.
+  of `matmul`. That kernel has the card to itself (hopper_grid.py): of two calls in a program one must read what the
+  other wrote.
 
   Args:
     x: what attention made.

@@ -6,8 +6,8 @@
     copying warpgroup       leave: the last one of all programs makes every count 0 again
 
 A launch finds zeros and leaves zeros, so the counts may be a constant of the compiled program, which nothing has to
-clear. All programs must be on the card at the same time, or those that are would wait for ever: as many as there are
-multiprocessors, one each, and no second such launch beside it. XLA runs the kernels of a device one after the other.
+clear. All programs must be on the card at the same time, or those that are would wait for ever: no more than there are
+multiprocessors, one each, and no second such launch beside it. In a model every launch reads what the one before wrote.
 
 Each of these is one piece of assembly with its conditions inside. A branch that LLVM can see it copies into both arms
 of another, barrier included, and half a warp at one copy and half at the other wait for ever.

@@ -101,7 +101,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
   group_size, runs = c.group_size(problem), c.groups_per_stage(problem)
   first_step, steps = b.run_of_steps()
 
-  def copy(t, *names):
+  def start(t, *names):
     stage, step = lax.rem(t, stages), first_step + t
     columns = pl.ds(b.n * c.block_n, c.block_n)
     words = pl.ds(b.n * c.warpgroups_n, c.warpgroups_n), pl.ds(step * tiles, tiles)
@@ -123,13 +123,13 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
     @pl.loop(0, begun)
     def _(t):
       wait_until_empty(t)
-      copy(t, *weights)
+      start(t, *weights)
 
     wait_for_x()
 
     @pl.loop(0, begun)
     def _(t):
-      copy(t, "x")
+      start(t, "x")
 
   @pl.loop(begun, steps)
   def _(t):
@@ -141,7 +141,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
       def _():
         wait_until_empty(t)
 
-    copy(t, "x", *weights)
+    start(t, "x", *weights)
 
   if "squares" in b.gmem:
     partial_smem, factors_smem = scratch["factors_smem"]

@@ -112,8 +112,7 @@ class _Tap:
 
 def _call(layer: Any, hidden: Array, config: ModelConfig) -> Array:
   positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
-  projected = layer.attention.project(layer.input_norm(hidden))
-  x, *_ = layer(hidden, projected, positions, rope_table(config, positions), None)
+  x, *_ = layer(hidden, layer.project(hidden), positions, rope_table(config, positions), None)
   return x
 
 

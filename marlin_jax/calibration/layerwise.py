@@ -30,8 +30,11 @@ class _Head(nnx.Module):
   def __init__(self, model: Decoder):
     self.input_norm, self.lm_head = model.norm, model.lm_head
 
-  def __call__(self, x, normed, positions, rope, cached):
-    return self.lm_head(normed), None, cached
+  def project(self, x):
+    return self.input_norm(x)
+
+  def __call__(self, x, projected, positions, rope, cached):
+    return self.lm_head(projected), None, None, cached
 
 
 def quantize_calibrated(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache
-from marlin_jax.models.layers import DecoderLayer, Projected, rope_table
+from marlin_jax.models.layers import DecoderLayer, rope_table
 from pallas_kernels import current_device, resolved
 from pallas_kernels.decode_attention import unsupported_reason
 
@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     rope = rope_table(self.config, positions)
     x = self.embed(tokens)
-    projected = self._first_projected(x)
+    projected = self.layers[0].project(x)
     for layer, after in zip(self.layers, self._after(), strict=True):
       x, normed, projected, _ = layer(x, projected, positions, rope, None, *after)
     return self.logits(resolved(normed))
@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
     # One token a row is the decode step: its small operations cost more in launches and gaps than in work.
     fused = tokens.shape[1] == 1 and not unsupported_reason(self.dtype, self.config.head_dim, current_device())
     x = self.embed(tokens)
-    projected = self._first_projected(x)
+    projected = self.layers[0].project(x)
     keys, values = [], []
     for layer, after, *cached in zip(self.layers, self._after(), cache.keys, cache.values, strict=True):
       x, normed, projected, (layer_keys, layer_values) = layer(
@@ -70,11 +70,6 @@ class Decoder(nnx.Module):
       keys.append(layer_keys)
       values.append(layer_values)
     return resolved(normed), KVCache(keys=tuple(keys), values=tuple(values))
-
-  def _first_projected(self, x: Float[Array, "B T E"]) -> Projected:
-    """What the attention of the first layer projects of the embedded tokens."""
-    first = self.layers[0]
-    return first.attention.project(first.first_norm(x))
 
   def _after(self) -> list[tuple[nnx.RMSNorm, DecoderLayer | None]]:
     """The norm of what each layer returns, and the layer that reads it: the next one, and the model's norm and none."""

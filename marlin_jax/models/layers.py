@@ -156,15 +156,16 @@ class DecoderLayer(nnx.Module):
     else:
       self.mlp = MLP(config, config.intermediate_size, **dtypes)
 
-  def first_norm(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"] | DeferredNorm:
-    """input_norm(x), of an x that no product made, in the form in which a product would have left it.
+  def project(self, x: Float[Array, "B T E"]) -> Projected:
+    """What the attention projects of input_norm(x), of an x that no layer before has projected.
 
-    So the first layer's products are those of all others, and not compiled apart.
+    The norm is left to the projection in the form in which a product would have left it, so that the first layer's
+    products are those of all others, and not compiled apart.
     """
     norm, reader = self.input_norm, getattr(self.attention, "qkv_proj", None)
     if isinstance(reader, QuantLinear) and x.dtype == jnp.bfloat16 and x.shape[-1] % layout.TILE == 0:
-      return DeferredNorm.of(x, norm.scale[...], norm.epsilon)
-    return norm(x)
+      return self.attention.project(DeferredNorm.of(x, norm.scale[...], norm.epsilon))
+    return self.attention.project(norm(x))
 
   def __call__(
     self,
