@@ -10,7 +10,7 @@ clear. All programs must be on the card at the same time, or those that are woul
 multiprocessors, one each, and no second such launch beside it. In a model every launch reads what the one before wrote.
 
 Each of these is one piece of assembly with its conditions inside. A branch that LLVM can see it copies into both arms
-of another, barrier included, and half a warp at one copy and half at the other wait for ever.
+of another, barrier included, and a warp of which some threads are at one copy and some at the other waits for ever.
 """
 
 import numpy as np
