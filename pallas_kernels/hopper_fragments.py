@@ -16,8 +16,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels import layout
 
 Layout = plgpu.Layout
-# The 1024 int16 words of a tile, eight for each thread of a warpgroup: one 16-byte load (layout.py).
-WORDS = Layout.WG_STRIDED((8, 128), vec_size=8)
 # The 512 words that say where the codes of a tile belong, four for each thread (layout24.py).
 POSITIONS = Layout.WG_STRIDED((4, 128), vec_size=4)
 # What a nibble in the mantissa of a constant is too large by, until it is subtracted.
@@ -94,12 +92,14 @@ def decode_tile(planes, dtype, *, zero: int | None):
   """The (64 n, 64 k) tile of codes as a wgmma A fragment, exact in bfloat16 and float16.
 
   Args:
-    planes: 1024 int16 words of nibbles (layout.py); or two of them, the high and the low nibbles of codes of 8 bits.
+    planes: shared memory of 1024 int16 words of nibbles (layout.py), of which a thread reads eight; or two of them, the
+      high and the low nibbles of codes of 8 bits. Read in here: layouts of values that Pallas knows of cost a second of
+      lowering for every twenty of them.
     zero: the code that is to be zero, 0 or the middle one; None leaves codes of 4 bits raised by RAISED[dtype].
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(WORDS,) * len(planes),
+    arg_types=(plgpu.RefType(()),) * len(planes),
     return_type=plgpu.ShapeDtypeStruct((layout.TILE, layout.TILE), dtype, layout=Layout.WGMMA),
   )
   def decode(ctx, *planes):
@@ -107,8 +107,8 @@ def decode_tile(planes, dtype, *, zero: int | None):
     i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
 
-    def nibbles(words, zero):
-      (vec,) = words.registers.flat
+    def nibbles(words_ref, zero):
+      (vec,) = fa.FragmentedArray.load_strided(words_ref, is_signed=True, vec_size=8).registers.flat
       vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
       text = _decode_asm(dtype, zero)
       return [p for j in range(4) for p in asm([i32] * 4, [vector.extract(vec, [], [j])], text, "=&r,=&r,=&r,=&r,r")]
@@ -125,6 +125,21 @@ def decode_tile(planes, dtype, *, zero: int | None):
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
   return decode(*planes)
+
+
+def of_columns(values_smem, shape: tuple[int, int]):
+  """values_smem[n], of 64, at every [n, :] of `shape`, as an accumulator or a fragment has it; a thread reads two."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(()),), return_type=plgpu.ShapeDtypeStruct(shape, values_smem.dtype, layout=Layout.WGMMA)
+  )
+  def load(ctx, values_ref):
+    del ctx
+    layout = fa.WGMMA_LAYOUT.reduce((1,))
+    values = fa.FragmentedArray.load_untiled(values_ref, layout=layout, optimized=False)
+    return values.broadcast_in_dim(shape, (0,), fa.WGMMA_LAYOUT)
+
+  return load(values_smem)
 
 
 def _scalars(array):

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import POSITIONS, RAISED, WORDS, decode_tile, mma_issue, mma_wait
+from pallas_kernels.hopper_fragments import POSITIONS, RAISED, decode_tile, mma_issue, mma_wait, of_columns
 from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
@@ -179,6 +179,7 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
   first_tile = part * tiles_each  # of those of a stage, this warpgroup's
   first_column = b.n * c.block_n + column_tile * layout.TILE
   share = b.k * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
+  sums_shape = (layout.TILE, c.block_m)
 
   def fragment(stage, tile):
     """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
@@ -189,38 +190,27 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
 
   def weights(stage, tile):
     with jax.named_scope("dequantize"):
-      planes = [
-        plgpu.load(smem["words"].at[stage, column_tile, first_tile + tile, plane], layout=WORDS)
-        for plane in range(problem.bits // 4)
-      ]
+      planes = [smem["words"].at[stage, column_tile, first_tile + tile, plane] for plane in range(problem.bits // 4)]
       zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
       w = decode_tile(planes, dtype, zero=zero)
       if problem.zeros and not c.sum_zeros:
-        w -= columns(of_group("zeros", stage, tile * tile_k), w.shape)
-      return w * columns(of_group("scales", stage, tile * tile_k), w.shape).astype(dtype) if c.scale_weights else w
+        w -= of_group("zeros", stage, tile * tile_k, w.shape)
+      return w * of_group("scales", stage, tile * tile_k, w.shape).astype(dtype) if c.scale_weights else w
 
   def index(k, length):
     """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
     k += first_tile * tile_k
     return k // length if c.warpgroups_k == 1 else lax.div(k, length)
 
-  def of_group(name, stage, k):
-    """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
-    return plgpu.load(
-      smem[name].at[stage, 0 if runs == 1 else index(k, group_size), pl.ds(column_tile * layout.TILE, layout.TILE)],
-      layout=plgpu.Layout.WGMMA.reduce(1),
-      optimized=False,
-    )
-
-  def columns(values, shape):
-    """One value a column, over all of `shape`."""
-    return lax.broadcast_in_dim(values, shape, [0])
+  def of_group(name, stage, k, shape):
+    """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
+    group = 0 if runs == 1 else index(k, group_size)
+    return of_columns(smem[name].at[stage, group, pl.ds(column_tile * layout.TILE, layout.TILE)], shape)
 
   def beginning():
     """What the sums are added to: 0, and in the first share the bias."""
-    shape = (layout.TILE, c.block_m)
     if "bias" not in gmem:
-      return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+      return plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
 
     def load():
       values = gmem["bias"].at[pl.ds(first_column, layout.TILE)]
@@ -229,7 +219,7 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
     def nothing():
       return plgpu.layout_cast(jnp.zeros(layout.TILE, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
-    return columns(lax.cond(share == 0, load, nothing) if c.reduces else load(), shape)
+    return lax.broadcast_in_dim(lax.cond(share == 0, load, nothing) if c.reduces else load(), sums_shape, [0])
 
   def multiply(stage, acc, w, following):
     """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
@@ -252,9 +242,10 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
       group_ends = len(started) == 2 or end % min(group_size, c.block_k) == 0 or tile + 1 == tiles_each
       # What sums are scaled with is loaded before the wait for wgmma, which hides it.
       if group_ends and not c.scale_weights:
-        of_halves = [of_group("scales", stage, tile * tile_k + tile_k // 2 * half) for half in range(len(started))]
+        ks = [tile * tile_k + tile_k // 2 * half for half in range(len(started))]
+        of_halves = [of_group("scales", stage, k, sums_shape) for k in ks]
       if c.sum_zeros and group_ends:
-        zeros = of_group("zeros", stage, tile * tile_k)
+        zeros = of_group("zeros", stage, tile * tile_k, sums_shape)
         if not summed_waited:
           plgpu.barrier_wait(scratch["summed"].at[stage])
           summed_waited = True
@@ -271,9 +262,8 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
       elif group_ends:
         for sums, scales in zip(done_tiles, of_halves, strict=True):
           if c.sum_zeros:
-            raised = columns(zeros.astype(jnp.float32) + RAISED[dtype], sums.shape)
-            sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * raised
-          acc += sums * columns(scales.astype(jnp.float32), sums.shape)
+            sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * (zeros.astype(jnp.float32) + RAISED[dtype])
+          acc += sums * scales.astype(jnp.float32)
         partial = None
       else:
         partial = done_tiles[0]
@@ -299,7 +289,7 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
       carry = step(i * stages + stage, carry, stage)
     return carry
 
-  zero = plgpu.layout_cast(jnp.zeros((layout.TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
+  zero = plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
   begin = zero if "squares" in gmem else beginning()
   plgpu.barrier_wait(scratch["full"].at[0])
   where = dict(
