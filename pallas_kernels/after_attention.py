@@ -8,13 +8,14 @@ from pallas_kernels import heuristics, hopper_matmul, layout
 from pallas_kernels.deferred_norm import DeferredNorm
 from pallas_kernels.hardware import Device, current_device
 from pallas_kernels.hopper_chain import Weights, after_attention_hopper, problems_of
-from pallas_kernels.matmul import check_weight, matmul
+from pallas_kernels.hopper_config import ChainConfig
+from pallas_kernels.matmul import check_product, matmul
 
 Norms = tuple[tuple[Float[Array, " E"], float], tuple[Float[Array, " E"], float]]
 
 
-def separate_reason(x: Float[Array, "M K"], weights: Weights, norms: Norms, device: Device) -> str | None:
-  """Why `after_attention` takes a launch for each product on `device`; None if it takes one for all."""
+def _one_launch(x: Float[Array, "M K"], weights: Weights, norms: Norms, device: Device) -> ChainConfig | str:
+  """The config of the one launch, or why there is none."""
   problems = problems_of(x, weights)
   for problem in problems:
     if reason := hopper_matmul.unsupported_reason(problem, device):
@@ -24,11 +25,13 @@ def separate_reason(x: Float[Array, "M K"], weights: Weights, norms: Norms, devi
   sizes = [size for problem in problems for size in (problem.k, problem.n)]
   if any(size % layout.TILE for size in sizes):
     return f"sizes {sizes} must be multiples of {layout.TILE}"
-  if heuristics.chain_config(problems, device.num_sms) is None:
-    return (
-      f"{problems[0].m} rows are too many, or the layer has too many columns, for programs that are all there at once"
-    )
-  return None
+  return heuristics.chain_config(problems, device.num_sms)
+
+
+def separate_reason(x: Float[Array, "M K"], weights: Weights, norms: Norms, device: Device) -> str | None:
+  """Why `after_attention` takes a launch for each product on `device`; None if it takes one for all."""
+  found = _one_launch(x, weights, norms, device)
+  return found if isinstance(found, str) else None
 
 
 def after_attention(
@@ -60,14 +63,16 @@ def after_attention(
   """
   output, gate_up, down, reader = weights
   features = residual.shape[1]
-  for k, weight in ((x.shape[1], output), (features, gate_up), (gate_up[1].shape[1] // 2, down), (features, reader)):
-    check_weight(k, *weight)
   for name, (_, scales, *_) in dict(output=output, down=down).items():
     if scales.shape[1] != features:
       raise ValueError(f"{name} has scales {scales.shape}, must have the residual's {features} columns")
-  device = current_device()
-  if implementation is None and len(x) and separate_reason(x, weights, norms, device) is None:
-    config = heuristics.chain_config(problems_of(x, weights), device.num_sms)
+  m, k = x.shape
+  check_product(m, k, x.dtype, output, residual=residual, norm=norms[0])
+  check_product(m, features, x.dtype, gate_up, gated=True)
+  check_product(m, gate_up[1].shape[1] // 2, x.dtype, down, residual=residual, norm=norms[1])
+  check_product(m, features, x.dtype, reader, bias=bias)
+  config = _one_launch(x, weights, norms, current_device()) if implementation is None and m else None
+  if isinstance(config, ChainConfig):
     (before, epsilon_before), (after, epsilon) = norms
     options = dict(epsilons=(epsilon_before, epsilon), config=config)
     s, scaled, squares, y = after_attention_hopper(x, residual, weights, (before, after), bias, **options)

@@ -169,8 +169,8 @@ def _hopper_partitions(problem: MatmulProblem, num_sms: int) -> list[tuple[int, 
   return [choice for choice in sorted(times, key=times.get) if times[choice] <= _NEAR * best]
 
 
-def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConfig | None:
-  """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors; None if they had better not be.
+def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConfig | str:
+  """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
   counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us. No program has two blocks of a product: with
@@ -178,7 +178,7 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """
   clusters, products = num_sms // 2, []
   if problems[0].m > _MOST_CHAINED_ROWS:
-    return None
+    return f"{problems[0].m} rows are too many, one launch takes {_MOST_CHAINED_ROWS}"
   for problem in problems:
     k, n = layout.padded_shape(problem.k, problem.n)
     tiles = {}
@@ -189,12 +189,12 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
           each = -(-k // (problem.tile_k * warpgroups_k * split_k))
           tiles[warpgroups_n, warpgroups_k, split_k] = each + 1.4 * (warpgroups_k > 1) + 1.4 * (split_k > 1)
     if not tiles:
-      return None
+      return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
     products.append(dataclasses.replace(_hopper_config(problem, *min(tiles, key=tiles.get)), sum_zeros=False))
   # No more programs than have work: fewer to wait for.
   programs = max(-(-problem.n // c.block_n) * c.split_k for c, problem in zip(products, problems, strict=True))
   config = ChainConfig(products=tuple(products), clusters=-(-programs // 2))
-  return None if config.unfit_reason(problems) else config
+  return config.unfit_reason(problems) or config
 
 
 # implementation -> (problem, multiprocessors) -> config

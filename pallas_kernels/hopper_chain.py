@@ -87,10 +87,7 @@ def after_attention_hopper(
       outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
       outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
   rings = [ring(c, problem, scales.dtype) for (c, problem), (_, scales, *_) in zip(products, weights, strict=True)]
-  of_products = [
-    scratch(c, problem, len(stages), normalized=i in _READ_NORMED)
-    for i, ((c, problem), stages) in enumerate(zip(products, rings, strict=True))
-  ]
+  of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
   results = plgpu.kernel(
     functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilons=epsilons),
     out_type=tuple(outputs.values()),

@@ -93,8 +93,8 @@ def decode_tile(planes, dtype, *, zero: int | None):
 
   Args:
     planes: shared memory of 1024 int16 words of nibbles (layout.py), of which a thread reads eight; or two of them, the
-      high and the low nibbles of codes of 8 bits. Read in here: layouts of values that Pallas knows of cost a second of
-      lowering for every twenty of them.
+      high and the low nibbles of codes of 8 bits. Read in here, because every layout that Pallas must find makes
+      lowering longer (docs/kernel.md, What lowering costs).
     zero: the code that is to be zero, 0 or the middle one; None leaves codes of 4 bits raised by RAISED[dtype].
   """
 

@@ -103,7 +103,7 @@ def matmul_hopper(
     out_type=outputs,
     scratch_types=[
       plgpu.RefUnion(stages, sums) if c.y_in_ring else (stages, sums),
-      scratch(c, problem, len(copied), normalized=squares is not None),
+      scratch(c, problem, normalized=squares is not None),
     ],
     grid=(-(-qweight.shape[0] // c.warpgroups_n), -(-m // c.block_m)),
     grid_names=("n", "m"),

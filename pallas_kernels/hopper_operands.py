@@ -60,13 +60,13 @@ def y_smem(config: HopperConfig, problem: MatmulProblem) -> Any:
   return SMEM((config.compute_warpgroups, config.block_m, PITCH[dtype.itemsize]), dtype)
 
 
-def scratch(config: HopperConfig, problem: MatmulProblem, copies: int, *, normalized: bool) -> dict[str, Any]:
+def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool) -> dict[str, Any]:
   """Barriers and what else a product has for itself; hopper_program.py says who waits for whom.
 
   Args:
-    copies: operands that a stage has.
     normalized: whether a deferred norm comes before.
   """
+  copies = 3 + problem.zeros + problem.sparse24  # that fill a stage, see `ring`
   c, stages, barrier = config, config.num_stages, plgpu.Barrier
   of_columns = functools.partial(barrier if c.split_k == 1 else _cluster_barrier, num_barriers=c.warpgroups_n)
   sums = (stages, c.block_k // c.segment(problem), c.block_m) if c.sum_zeros else (1, 1, 8)

@@ -61,8 +61,9 @@ def choose_implementation(
   raise NotImplementedError(f"no kernel covers {problem} ({refusals}); implementation='reference' covers everything")
 
 
-def check_weight(k: int, qweight: Array, scales: Array, zeros: Array | None, meta: Array | None) -> None:
-  """ValueError unless the arrays are those of one weight of k rows, as `matmul` takes them."""
+def check_product(m: int, k: int, dtype, weight, *, bias=None, residual=None, norm=None, gated: bool = False) -> None:
+  """ValueError unless (qweight, scales, zeros, meta) and the rest belong to a product of x [m, k]; see `matmul`."""
+  qweight, scales, zeros, meta = weight
   groups, n = scales.shape
   if groups < 1 or k % groups:
     raise ValueError(f"scales have {groups} groups, which must divide k={k}")
@@ -74,6 +75,14 @@ def check_weight(k: int, qweight: Array, scales: Array, zeros: Array | None, met
     raise ValueError(f"{zeros.shape=} must be that of scales, {scales.shape}")
   if meta is not None and meta.shape != (shape := layout24.meta_shape(k, n)):
     raise ValueError(f"{meta.shape=} must be {shape} for {k=} and scales {scales.shape}")
+  if bias is not None and bias.shape != (n,):
+    raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
+  if gated and n % 16:
+    raise ValueError(f"n={n} must be a multiple of 16 for gated columns")
+  if residual is not None and (residual.shape, residual.dtype) != (shape := (m, n // (1 + gated)), dtype):
+    raise ValueError(f"residual is {residual.dtype} {residual.shape}, must be {dtype} {shape}")
+  if norm is not None and norm[0].shape != (n // (1 + gated),):
+    raise ValueError(f"the norm's scale has shape {norm[0].shape}, must have {(n // (1 + gated),)}")
 
 
 def matmul(
@@ -126,17 +135,9 @@ def matmul(
     NotImplementedError: the named implementation, or on a GPU no kernel, covers this problem, and why.
   """
   (m, k), (groups, n) = x.shape, scales.shape
-  check_weight(k, qweight, scales, zeros, meta)
-  bits = qweight.shape[2] // 8
-  if bias is not None and bias.shape != (n,):
-    raise ValueError(f"{bias.shape=} must be {(n,)} for scales {scales.shape}")
-  if gated and n % 16:
-    raise ValueError(f"n={n} must be a multiple of 16 for gated columns")
-  if residual is not None and (residual.shape, residual.dtype) != (shape := (m, n // (1 + gated)), x.dtype):
-    raise ValueError(f"residual is {residual.dtype} {residual.shape}, must be {x.dtype} {shape}")
-  if norm is not None and norm[0].shape != (n // (1 + gated),):
-    raise ValueError(f"the norm's scale has shape {norm[0].shape}, must have {(n // (1 + gated),)}")
-  kind = dict(bits=bits, zeros=zeros is not None, sparse24=meta is not None)
+  weight = qweight, scales, zeros, meta
+  check_product(m, k, x.dtype, weight, bias=bias, residual=residual, norm=norm, gated=gated)
+  kind = dict(bits=qweight.shape[2] // 8, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   device = INTERPRETED if interpret else current_device()
   if implementation is None:

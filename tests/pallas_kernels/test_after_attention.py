@@ -104,6 +104,14 @@ def test_it_says_which_weight_is_wrong(rng):
     after_attention(x, residual, (wide, gate_up, down, reader), norms)
 
 
+def test_it_says_which_other_operand_is_wrong(rng):
+  x, residual, weights, norms, bias = layer(rng, 2, (64, 128, 192, 96), group_size=32)
+  with pytest.raises(ValueError, match=r"bias\.shape=\(95,\) must be \(96,\)"):
+    after_attention(x, residual, weights, norms, bias[1:])
+  with pytest.raises(ValueError, match=r"residual is float32 \(2, 128\), must be bfloat16 \(2, 128\)"):
+    after_attention(x, residual.astype(jnp.float32), weights, norms)
+
+
 def of_shapes(function, *shapes):
   """What `function` of such arrays returns, which is none."""
   found = []
@@ -238,7 +246,7 @@ def error(found, expected):
 @pytest.mark.parametrize("m", [1, 5, 8, 9, 16])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_it_computes_what_three_products_do(rng, m, sizes, kind):
+def test_it_computes_what_four_products_do(rng, m, sizes, kind):
   if sizes != SIZES[0] and kind:
     pytest.skip("kinds are for the small layer")
   x, residual, weights, norms, bias = layer(rng, m, sizes, **kind)
