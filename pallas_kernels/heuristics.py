@@ -193,8 +193,13 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
     products.append(dataclasses.replace(_hopper_config(problem, *min(tiles, key=tiles.get)), sum_zeros=False))
   # No more programs than have work: fewer to wait for.
   programs = max(-(-problem.n // c.block_n) * c.split_k for c, problem in zip(products, problems, strict=True))
-  config = ChainConfig(products=tuple(products), clusters=-(-programs // 2))
-  return config.unfit_reason(problems) or config
+  reason = ""
+  for stages in range(min(c.num_stages for c in products), 1, -1):  # each product takes over those of the one before
+    like = tuple(dataclasses.replace(c, num_stages=stages) for c in products)
+    config = ChainConfig(products=like, clusters=-(-programs // 2))
+    if not (reason := config.unfit_reason(problems)):
+      return config
+  return reason
 
 
 # implementation -> (problem, multiprocessors) -> config

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import hopper_grid, layout
 from pallas_kernels.hopper_config import FEW_REGISTERS, ChainConfig
-from pallas_kernels.hopper_operands import pad, ring, rows_of_x, scratch, weight_operands, y_smem
+from pallas_kernels.hopper_operands import emptied, pad, ring, rings, rows_of_x, scratch, weight_operands, y_smem
 from pallas_kernels.hopper_program import Block, compute, copy, wait_for_cluster
 from pallas_kernels.problem import MatmulProblem
 
@@ -21,7 +21,10 @@ Weight = tuple[Array, Array, Array | None, Array | None]  # qweight, scales, zer
 Weights = tuple[Weight, Weight, Weight, Weight]  # output, gate_up, down, reader
 
 _OUTPUT, _GATE_UP, _DOWN, _READER = range(4)
-_READ_NORMED, _ADD_TO_RESIDUAL = (_GATE_UP, _READER), (_OUTPUT, _DOWN)
+_READ_NORMED = _GATE_UP, _READER
+# What each product leaves (hopper_reduce.write_rows), where codes are subnormal numbers and where they are not.
+_WRITES = ("y", "raised", "squares", "sums"), ("raised", "sums"), ("y", "scaled", "raised", "squares", "sums"), ("y",)
+_WRITES_ELSE = ("y", "scaled", "squares"), ("y",), ("y", "scaled", "squares"), ("y",)
 
 
 def problems_of(x: Float[Array, "M K"], weights: Weights) -> tuple[MatmulProblem, ...]:
@@ -33,6 +36,16 @@ def problems_of(x: Float[Array, "M K"], weights: Weights) -> tuple[MatmulProblem
     problems.append(MatmulProblem(m=x.shape[0], n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind))
     k = n // 2 if i == _GATE_UP else n
   return tuple(problems)
+
+
+def takes_subnormals(problems: tuple[MatmulProblem, ...]) -> bool:
+  """Whether codes are subnormal numbers (hopper_subnormal.py), but for the first product: attention leaves no sums."""
+  return not any(p.bits != 4 or p.sparse24 or p.group_size % layout.TILE for p in problems)
+
+
+def _run_of_x(i: int) -> int:
+  """Columns of product i that it leaves a sum of: those of a tile."""
+  return layout.TILE // 2 if i == _GATE_UP else layout.TILE
 
 
 # A jit of its own, as `matmul_hopper` is: all layers of a model share one compilation.
@@ -79,19 +92,36 @@ def after_attention_hopper(
   for i, weight in enumerate(weights):
     gmem |= {f"{name}_{i}": array for name, array in weight_operands(*weight, dtype).items()}
   gmem["counts"] = hopper_grid.counts(len(products))
+  subnormal = takes_subnormals(problems)
+  block_m = config.products[0].block_m
   outputs = {}
   for i, problem in enumerate(problems):
     columns = problem.n // 2 if i == _GATE_UP else problem.n
-    outputs[f"y_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
-    if i in _ADD_TO_RESIDUAL:
-      outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
-      outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
-  rings = [ring(c, problem, scales.dtype) for (c, problem), (_, scales, *_) in zip(products, weights, strict=True)]
-  of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
+    shapes = dict.fromkeys(("y", "scaled", "raised"), ((rows, columns), dtype))
+    shapes["squares"] = (columns // layout.TILE, rows), jnp.float32
+    # All rows of a block, because TMA copies rows of 16 bytes.
+    shapes["sums"] = (columns // _run_of_x(i), block_m), jnp.float32
+    for name in (_WRITES if subnormal else _WRITES_ELSE)[i]:
+      outputs[f"{name}_{i}"] = jax.ShapeDtypeStruct(*shapes[name])
+  stages = rings(
+    [
+      ring(*product, scales.dtype, run_of_x=_run_of_x(i - 1) if subnormal and i != _OUTPUT else None)
+      for i, (product, (_, scales, *_)) in enumerate(zip(products, weights, strict=True))
+    ]
+  )
+  of_products = [
+    scratch(*product, normalized=i in _READ_NORMED, subnormal=subnormal and i != _OUTPUT)
+    for i, product in enumerate(products)
+  ]
   results = plgpu.kernel(
     functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilons=epsilons),
     out_type=tuple(outputs.values()),
-    scratch_types=[plgpu.RefUnion(*rings), plgpu.RefUnion(*(y_smem(*product) for product in products)), of_products],
+    scratch_types=[
+      stages,
+      plgpu.RefUnion(*(y_smem(*product) for product in products)),
+      of_products,
+      emptied(config.products[0]),
+    ],
     grid=(config.clusters,),
     grid_names=("cluster",),
     cluster=(2,),
@@ -110,31 +140,39 @@ def after_attention_hopper(
 def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float, float]):
   """The blocks that one program computes, one of each product or none, in order.
 
-  copying warpgroup       of each block: a few stages of weights; wait until what it reads is written; the rest
-  computing warpgroups    compute the block, publish what it wrote; its stages are the next block's by then
+  copying warpgroup       of each block: weights, as the stages of the block before are read, until there are no more;
+                            wait until what it reads is written; the rest
+  computing warpgroups    compute the block, publish what it wrote
   """
   gmem = dict(zip(names, refs[: len(names)], strict=True))
-  rings, sums, scratches = refs[len(names) :]
+  stages, sums, scratches, empty = refs[len(names) :]
   counts = gmem["counts"]
   wg, cluster, half = (lax.axis_index(name) for name in ("wg", "cluster", "k"))
   compute_warpgroups = config.products[0].compute_warpgroups
 
-  def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
+  def operands(i: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a product reads and what it writes."""
-    reads = {name: gmem[f"{name}_{i}"] for name in ("words", "scales", "zeros", "meta") if f"{name}_{i}" in gmem}
+    reads = {name: gmem.get(f"{name}_{i}") for name in ("words", "scales", "zeros", "meta")}
     if i in _READ_NORMED:
-      reads |= dict(x=gmem[f"scaled_{i - 1}"], squares=gmem[f"squares_{i - 1}"])
-      return reads | ({"bias": gmem["bias"]} if i == _READER and "bias" in gmem else {}), (gmem[f"y_{i}"],)
-    x, residual = ("x", "residual") if i == _OUTPUT else (f"y_{_GATE_UP}", f"y_{_OUTPUT}")
-    reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
-    return reads, tuple(gmem[f"{name}_{i}"] for name in ("y", "scaled", "squares"))
+      reads["x"] = gmem.get(f"raised_{i - 1}", gmem.get(f"scaled_{i - 1}"))
+      reads["squares"] = gmem[f"squares_{i - 1}"]
+    else:
+      x = "x" if i == _OUTPUT else f"raised_{_GATE_UP}" if f"raised_{_GATE_UP}" in gmem else f"y_{_GATE_UP}"
+      residual = "residual" if i == _OUTPUT else f"y_{_OUTPUT}"
+      reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
+    reads |= dict(sums=gmem.get(f"sums_{i - 1}"), bias=gmem.get("bias") if i == _READER else None)
+    writes = {name: gmem.get(f"{name}_{i}") for name in ("y", "scaled", "raised", "squares", "sums")}
+    reads, writes = ({name: ref for name, ref in refs.items() if ref is not None} for refs in (reads, writes))
+    return reads, writes
 
   blocks = []  # and whether this program has it
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
     n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
     of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
-    of_program = dict(smem=rings[i], y_smem=sums[i], scratch=scratches[i], n=n, m=0, k=k)
+    smem = {name: members[i].at[:, 0] for name, members in stages.items() if name not in ("x", "sums")}
+    smem |= dict(x=stages["x"][i], **(dict(sums=stages["sums"][i - 1]) if "sums" in reads else {}))
+    of_program = dict(smem=smem, y_smem=sums[i], scratch=scratches[i] | dict(empty=empty), n=n, m=0, k=k)
     block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1])
     blocks.append((block, n < config.blocks(i, problem)))
 
@@ -158,18 +196,15 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
     plgpu.set_max_registers(config.products[0].compute_registers, action="increase")
     for i, (block, mine) in enumerate(blocks):
 
-      def let_go(i=i):
-        """The stages are empty, for the next block."""
-        if i + 1 < len(blocks):
-          following, _ = blocks[i + 1]
-          for stage in range(following.config.num_stages):
-            plgpu.barrier_arrive(following.scratch["empty"].at[stage])
-
       @pl.when(mine)
-      def _(i=i, block=block, let_go=let_go):
-        compute(block, wg, let_go)
+      def _(i=i, block=block):
+        compute(block, wg)
         if i + 1 < len(blocks):
           hopper_grid.publish(counts, i)
         wait_for_cluster(block, wg)
 
-      pl.when(jnp.logical_not(mine))(let_go)
+      if i == 0:  # what follows waits for every stage to be read, those that nothing was copied to as well
+
+        @pl.loop(jnp.where(mine, block.run_of_steps()[1], 0), block.config.num_stages)
+        def _(stage):
+          plgpu.barrier_arrive(empty.at[stage])

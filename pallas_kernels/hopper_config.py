@@ -51,7 +51,7 @@ class HopperConfig:
       block_m=(8, 16, 32, 64, _MANY_ROWS),
       warpgroups_n=(1, 2, 3, 4),
       warpgroups_k=(1, 2, 4),
-      block_k=(64, 128, 256, 512),
+      block_k=(64, 128, 256, 512, 1024),
       split_k=(1, 2, 4),
     ).items():
       if getattr(self, name) not in allowed:
@@ -160,15 +160,20 @@ class HopperConfig:
 
   def stage_bytes(self, problem: MatmulProblem | None = None) -> int:
     """Shared memory of a stage at the most, with float32 scales; None: see `max_stages`."""
+    return sum(self.stage_parts(problem).values())
+
+  def stage_parts(self, problem: MatmulProblem | None = None) -> dict[str, int]:
+    """`stage_bytes` by what takes them."""
     bits, groups, group_bytes = 3, 1, 4
     if problem is not None:
       bits, groups = 3 if problem.sparse24 else problem.bits, self.groups_per_stage(problem)
       group_bytes = 6 if problem.zeros else 4
-    words = self.block_n * self.block_k * bits // 8
-    stage = words + self.block_m * self.block_k * 2 + groups * self.block_n * group_bytes
-    if self.sum_zeros:
-      stage += self.block_k // layout.TILE * self.block_m * 4
-    return stage
+    return dict(
+      words=self.block_n * self.block_k * bits // 8,
+      x=self.block_m * self.block_k * 2,
+      groups=groups * self.block_n * group_bytes,
+      sums=self.block_k // layout.TILE * self.block_m * 4 if self.sum_zeros else 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +191,8 @@ class ChainConfig:
   def __post_init__(self):
     first = self.products[0]
     for c in self.products:
-      if (c.compute_warpgroups, c.block_m) != (first.compute_warpgroups, first.block_m):
-        raise ValueError(f"products={self.products} must be of one block_m and of as many warpgroups")
+      if any(getattr(c, name) != getattr(first, name) for name in ("compute_warpgroups", "block_m", "num_stages")):
+        raise ValueError(f"products={self.products} must be of one block_m and of as many warpgroups and stages")
       if c.sum_zeros or c.split_k > 2 or c.y_in_ring:
         raise ValueError(f"{c} must not sum zeros, not split K by more than 2, and have less than {_MANY_ROWS} rows")
     if self.clusters < 1:
@@ -199,6 +204,9 @@ class ChainConfig:
 
   def unfit_reason(self, problems: tuple[MatmulProblem, ...]) -> str | None:
     """Why the kernel cannot compute `problems` with this config; None if it can."""
+    if len({(problem.bits, problem.zeros, problem.sparse24) for problem in problems}) > 1:
+      return "weights must be of one kind"
+    parts = []
     for i, (c, problem) in enumerate(zip(self.products, problems, strict=True)):
       if problem.m > c.block_m:
         return f"{problem} has more than block_m={c.block_m} rows"
@@ -206,8 +214,13 @@ class ChainConfig:
         return f"{problem} has more than {most} blocks of columns"
       if reason := c.unfit_reason(problem):
         return reason
-    stages = max(c.num_stages * c.stage_bytes(problem) for c, problem in zip(self.products, problems, strict=True))
-    size = stages + max(c.y_bytes for c in self.products) + _BARRIER_BYTES
+      parts.append(c.stage_parts(problem))
+    largest = {name: max(part[name] for part in parts) for name in parts[0]}
+    if any(largest[name] % part[name] for name in ("words", "groups") for part in parts):
+      return f"{self} has stages of {parts} bytes, which must divide the largest, {largest}"
+    # Sums of x, at most of 32 k each (hopper_subnormal.py).
+    largest["sums"] = max(c.block_k // 32 * c.block_m * 4 for c in self.products)
+    size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products) + _BARRIER_BYTES
     if size > H200.shared_memory:
       return f"{self} takes {size} bytes of shared memory, of {H200.shared_memory}"
     return None

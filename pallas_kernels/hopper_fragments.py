@@ -4,6 +4,9 @@
 Everything here is for a warpgroup, 128 threads. `fa` is a private API of JAX: the lowering tests watch it.
 """
 
+import functools
+import operator
+
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -88,7 +91,7 @@ def pair_literal(value: int | float, dtype) -> str:
   return f"0x{bits << 16 | bits:08X}"
 
 
-def decode_tile(planes, dtype, *, zero: int | None):
+def decode_tile(planes, dtype, *, zero: int | None, assembly: str | None = None):
   """The (64 n, 64 k) tile of codes as a wgmma A fragment, exact in bfloat16 and float16.
 
   Args:
@@ -96,6 +99,7 @@ def decode_tile(planes, dtype, *, zero: int | None):
       high and the low nibbles of codes of 8 bits. Read in here, because every layout that Pallas must find makes
       lowering longer (docs/kernel.md, What lowering costs).
     zero: the code that is to be zero, 0 or the middle one; None leaves codes of 4 bits raised by RAISED[dtype].
+    assembly: of codes of 4 bits, what turns a word into four pairs instead (hopper_subnormal.py).
   """
 
   @plgpu.inline_mgpu(
@@ -110,7 +114,7 @@ def decode_tile(planes, dtype, *, zero: int | None):
     def nibbles(words_ref, zero):
       (vec,) = fa.FragmentedArray.load_strided(words_ref, is_signed=True, vec_size=8).registers.flat
       vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
-      text = _decode_asm(dtype, zero)
+      text = assembly or _decode_asm(dtype, zero)
       return [p for j in range(4) for p in asm([i32] * 4, [vector.extract(vec, [], [j])], text, "=&r,=&r,=&r,=&r,r")]
 
     pairs = nibbles(planes[0], zero if len(planes) == 1 else zero // 16)
@@ -138,6 +142,22 @@ def of_columns(values_smem, shape: tuple[int, int]):
     layout = fa.WGMMA_LAYOUT.reduce((1,))
     values = fa.FragmentedArray.load_untiled(values_ref, layout=layout, optimized=False)
     return values.broadcast_in_dim(shape, (0,), fa.WGMMA_LAYOUT)
+
+  return load(values_smem)
+
+
+def sum_of_rows(values_smem, count: int, shape: tuple[int, int]):
+  """The sum of `count` rows of values_smem[row, m] at every [:, m] of `shape`, as an accumulator has it."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(()),), return_type=plgpu.ShapeDtypeStruct(shape, values_smem.dtype, layout=Layout.WGMMA)
+  )
+  def load(ctx, values_ref):
+    del ctx
+    layout = fa.WGMMA_LAYOUT.reduce((0,))
+    rows = (mgpu.utils.memref_slice(values_ref, i) for i in range(count))
+    values = [fa.FragmentedArray.load_untiled(row, layout=layout, optimized=False) for row in rows]
+    return functools.reduce(operator.add, values).broadcast_in_dim(shape, (1,), fa.WGMMA_LAYOUT)
 
   return load(values_smem)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int16
 from pallas_kernels import layout
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_config import HopperConfig
-from pallas_kernels.hopper_operands import pad, ring, rows_of_x, scratch, weight_operands, y_smem
+from pallas_kernels.hopper_operands import emptied, pad, ring, rows_of_x, scratch, weight_operands, y_smem
 from pallas_kernels.hopper_program import program
 from pallas_kernels.problem import MatmulProblem
 
@@ -103,7 +103,7 @@ def matmul_hopper(
     out_type=outputs,
     scratch_types=[
       plgpu.RefUnion(stages, sums) if c.y_in_ring else (stages, sums),
-      scratch(c, problem, normalized=squares is not None),
+      scratch(c, problem, normalized=squares is not None) | dict(empty=emptied(c)),
     ],
     grid=(-(-qweight.shape[0] // c.warpgroups_n), -(-m // c.block_m)),
     grid_names=("n", "m"),

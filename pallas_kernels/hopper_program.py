@@ -35,13 +35,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import POSITIONS, RAISED, decode_tile, mma_issue, mma_wait, of_columns
+from pallas_kernels.hopper_fragments import POSITIONS, RAISED, decode_tile, mma_issue, mma_wait, of_columns, sum_of_rows
 from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
 from pallas_kernels.hopper_row_sums import negative_row_sums
+from pallas_kernels.hopper_subnormal import DECODE, restore, subtract_zeros
 from pallas_kernels.problem import MatmulProblem
 
-_AHEAD = 2  # stages of weights that are asked for before x is there
+_AHEAD = 3  # stages of weights that are asked for before x is there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Block:
   Attributes:
     config, problem, gated, epsilon: of the product; epsilon is that of the norm before it.
     gmem: the operands that there are, in device memory, by name.
-    outputs: y; with a norm to come also y * norm and the squares of y.
+    outputs: what is written, by name; see `write_rows`.
     smem: the stages of what is copied, by the names of the operands.
     y_smem: a slot for the sums of every warpgroup.
     scratch: shared memory and barriers that are of one product alone, see `hopper_operands.scratch`.
@@ -63,7 +64,7 @@ class Block:
   gated: bool
   epsilon: float
   gmem: dict[str, Any]
-  outputs: tuple[Any, ...]
+  outputs: dict[str, Any]
   smem: dict[str, Any]
   y_smem: Any
   scratch: dict[str, Any]
@@ -72,10 +73,15 @@ class Block:
   k: Any
 
   def run_of_steps(self):
-    """(first, count) of the steps of its run of K."""
+    """(first, count) of the steps of its run of K; count is an int where all runs are as long."""
     k_tiles = self.gmem["words"].shape[1]
     total = -(-k_tiles // (self.config.block_k // self.problem.tile_k))
     return run_of_steps(self.k, total, self.config.split_k)
+
+  @property
+  def subnormal(self) -> bool:
+    """Whether codes are subnormal numbers (hopper_subnormal.py), because there are sums of x."""
+    return "sums" in self.gmem
 
   def column_tile_and_part(self, wg):
     """Which tile of its columns, and which part of every stage's k, a computing warpgroup has."""
@@ -85,6 +91,8 @@ class Block:
 
 def run_of_steps(run, total: int, runs: int):
   """(first, count) of the steps of one run of K; none is without, a program would wait for ever."""
+  if total % runs == 0:
+    return run * (total // runs), total // runs
   first, end = (lax.div((run + i) * total, runs) for i in (0, 1))
   return first, end - first
 
@@ -93,8 +101,8 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
   """The copying warpgroup: all stages of the block and, with a deferred norm, the factors of its rows.
 
   Args:
-    wait_for_x: returns when x, squares and residual may be read, for which weights need not wait; and every stage is
-      `empty` once before the first copy. None: they may be, and stages are empty from the start.
+    wait_for_x: returns when x, squares and residual may be read, for which weights need not wait; a stage is that of
+      the product before until it is `empty`. None: they may be, and stages are empty from the start.
   """
   b, c, scratch = block, block.config, block.scratch
   problem, stages, tiles = b.problem, c.num_stages, c.block_k // b.problem.tile_k
@@ -108,6 +116,9 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
     groups = pl.ds(0 if problem.group_size == problem.k else step * c.block_k // group_size, runs), columns
     rows = pl.ds(b.m * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)
     indices = dict(words=words, meta=words, x=rows, scales=groups, zeros=groups)
+    if b.subnormal:
+      _, runs_of_x, _ = b.smem["sums"].shape
+      indices["sums"] = pl.ds(step * runs_of_x, runs_of_x), pl.ds(b.m * c.block_m, c.block_m)
     for name in names:
       if name in b.smem:
         source, target = b.gmem[name].at[indices[name]], b.smem[name].at[stage]
@@ -118,7 +129,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
 
   weights, begun = ("words", "meta", "scales", "zeros"), 0
   if wait_for_x is not None:
-    begun = lax.min(steps, _AHEAD)
+    begun = jnp.minimum(steps, min(_AHEAD, stages))
 
     @pl.loop(0, begun)
     def _(t):
@@ -129,7 +140,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
 
     @pl.loop(0, begun)
     def _(t):
-      start(t, "x")
+      start(t, "x", "sums")
 
   @pl.loop(begun, steps)
   def _(t):
@@ -141,7 +152,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
       def _():
         wait_until_empty(t)
 
-    start(t, "x", *weights)
+    start(t, "x", "sums", *weights)
 
   if "squares" in b.gmem:
     partial_smem, factors_smem = scratch["factors_smem"]
@@ -163,13 +174,8 @@ def add_up_x(block: Block):
     plgpu.barrier_arrive(scratch["summed"].at[stage])
 
 
-def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
-  """A computing warpgroup: its part of the block's sums, and its share of what is written of them.
-
-  Args:
-    wg: which one, an int32 scalar.
-    let_go: called when it has read all of its stages.
-  """
+def compute(block: Block, wg):
+  """A computing warpgroup (wg, an int32 scalar): its part of the block's sums, its share of what is written of them."""
   b, c, problem, scratch = block, block.config, block.problem, block.scratch
   gmem, smem, dtype, tile_k = b.gmem, b.smem, problem.dtype, problem.tile_k
   stages, tiles_each = c.num_stages, c.block_k // tile_k // c.warpgroups_k
@@ -191,6 +197,8 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
   def weights(stage, tile):
     with jax.named_scope("dequantize"):
       planes = [smem["words"].at[stage, column_tile, first_tile + tile, plane] for plane in range(problem.bits // 4)]
+      if b.subnormal:
+        return decode_tile(planes, dtype, zero=None, assembly=DECODE)
       zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
       w = decode_tile(planes, dtype, zero=zero)
       if problem.zeros and not c.sum_zeros:
@@ -206,6 +214,12 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
     """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
     group = 0 if runs == 1 else index(k, group_size)
     return of_columns(smem[name].at[stage, group, pl.ds(column_tile * layout.TILE, layout.TILE)], shape)
+
+  def sums_of_x(stage, k):
+    """Those of the segment that `k` of this warpgroup's part is in, over all columns."""
+    count = segment * smem["sums"].shape[1] // c.block_k
+    first = index(k, segment) * count
+    return sum_of_rows(smem["sums"].at[stage, pl.ds(first, count)], count, sums_shape)
 
   def beginning():
     """What the sums are added to: 0, and in the first share the bias."""
@@ -254,6 +268,9 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
           layout=plgpu.Layout.WGMMA.reduce(0),
           optimized=False,
         )
+      if b.subnormal and group_ends:
+        of_x = sums_of_x(stage, tile * tile_k)
+        zeros = of_group("zeros", stage, tile * tile_k, sums_shape).astype(jnp.float32) if problem.zeros else 8
       done_tiles = mma_wait(*started)
       if not c.decode_ahead:
         w = decode_next()
@@ -263,6 +280,8 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
         for sums, scales in zip(done_tiles, of_halves, strict=True):
           if c.sum_zeros:
             sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * (zeros.astype(jnp.float32) + RAISED[dtype])
+          if b.subnormal:
+            sums = subtract_zeros(sums, of_x, zeros)
           acc += sums * scales.astype(jnp.float32)
         partial = None
       else:
@@ -290,7 +309,8 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
     return carry
 
   zero = plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
-  begin = zero if "squares" in gmem else beginning()
+  later = "squares" in gmem or b.subnormal
+  begin = zero if later else beginning()
   plgpu.barrier_wait(scratch["full"].at[0])
   where = dict(
     block_m=c.block_m,
@@ -304,16 +324,20 @@ def compute(block: Block, wg, let_go: Callable[[], None] | None = None):
   addends = load_addends(b.outputs, gmem.get("residual"), gmem.get("norm"), **where)
   carry, turns = (begin, fragment(0, 0)), 0
   if c.unroll:
-    turns = lax.div(steps, stages)
+    turns = steps // stages if isinstance(steps, int) else lax.div(steps, stages)
     carry = lax.fori_loop(0, turns, turn, carry)
-  acc, _ = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
+  if not (isinstance(steps, int) and turns * stages == steps):  # which halves the code
+    carry = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
+  acc, _ = carry
 
-  if let_go is not None:
-    let_go()
+  if b.subnormal:
+    acc = restore(acc)
   if "squares" in gmem:
     plgpu.barrier_wait(scratch["factored"])
     by = plgpu.load(scratch["factors_smem"][1], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    acc = acc * lax.broadcast_in_dim(by, acc.shape, [1]) + beginning()
+    acc *= lax.broadcast_in_dim(by, acc.shape, [1])
+  if later:
+    acc += beginning()
 
   with jax.named_scope("reduce"):
     if c.y_in_ring:  # y_smem is where the ring was
@@ -341,7 +365,8 @@ def program(*refs, names, config: HopperConfig, problem: MatmulProblem, gated: b
   wg, n, m = (lax.axis_index(name) for name in ("wg", "n", "m"))
   k = lax.axis_index("k") if config.split_k > 1 else 0
   of_product = dict(config=config, problem=problem, gated=gated, epsilon=epsilon)
-  of_program = dict(gmem=gmem, outputs=tuple(outputs), smem=smem, y_smem=y_smem, scratch=scratch)
+  outputs = dict(zip(("y", "scaled", "squares"), outputs, strict=False))
+  of_program = dict(gmem=gmem, outputs=outputs, smem=smem, y_smem=y_smem, scratch=scratch)
   block = Block(**of_product, **of_program, n=n, m=m, k=k)
 
   @pl.when(wg == config.compute_warpgroups)

@@ -170,6 +170,7 @@ def test_programs_are_no_more_than_can_be_there_at_once():
 @pytest.mark.parametrize("change, message", [
   (dict(clusters=0), "clusters=0 must be at least 1"),
   (dict(warpgroups_n=3), "as many warpgroups"),
+  (dict(num_stages=3), "as many warpgroups and stages"),
   (dict(block_m=16), "one block_m"),
   (dict(split_k=4), "by more than 2"),
   (dict(sum_zeros=True), "sum zeros"),
@@ -182,7 +183,7 @@ def test_a_config_that_cannot_be_launched_is_refused(change, message):
 
 
 def test_shared_memory_is_that_of_the_largest_product():
-  wide = HopperConfig(block_m=16, warpgroups_n=4, block_k=256, num_stages=5)
+  wide = HopperConfig(block_m=16, warpgroups_n=4, block_k=256, num_stages=4)
   deep = HopperConfig(block_m=16, warpgroups_n=1, warpgroups_k=4, block_k=512, num_stages=4)
   found, _ = shipped(16, SIZES[1])
   assert wide.unfit_reason(found[1]) is None
@@ -191,6 +192,18 @@ def test_shared_memory_is_that_of_the_largest_product():
   assert "shared memory" in config.unfit_reason(found)  # float32 sums beside the five stages
   more, _ = shipped(17, SIZES[1])
   assert "more than block_m=16 rows" in config.unfit_reason(more)
+
+
+def test_products_share_their_stages():
+  """A stage of a weight begins where that of every other product does."""
+  found, config = shipped(16, SIZES[1])
+  assert "of one kind" in config.unfit_reason((dataclasses.replace(found[0], zeros=True), *found[1:]))
+  three = dataclasses.replace(config.products[1], warpgroups_n=4, warpgroups_k=1, block_k=128)
+  odd = dataclasses.replace(config, products=(three, *config.products[1:]))
+  groups = [c.stage_parts(problem)["groups"] for c, problem in zip(odd.products, found, strict=True)]
+  assert groups == [1024, 2048, 1024, 1024] and odd.unfit_reason(found) is None
+  whole = tuple(dataclasses.replace(problem, group_size=problem.k) for problem in found)  # a group a stage
+  assert config.unfit_reason(whole) is None
 
 
 def test_counts_begin_with_zero():
