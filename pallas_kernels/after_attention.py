@@ -22,6 +22,8 @@ def _one_launch(x: Float[Array, "M K"], weights: Weights, norms: Norms, device: 
       return reason
   if any(array.dtype != jnp.bfloat16 for array in (x, norms[0][0], norms[1][0])):
     return f"x and norms must be bfloat16, not {x.dtype}, {norms[0][0].dtype}, {norms[1][0].dtype}"
+  if any(scales.dtype.itemsize != 2 for _, scales, *_ in weights):
+    return f"scales must be of 16 bits, not {', '.join(str(scales.dtype) for _, scales, *_ in weights)}"
   sizes = [size for problem in problems for size in (problem.k, problem.n)]
   if any(size % layout.TILE for size in sizes):
     return f"sizes {sizes} must be multiples of {layout.TILE}"

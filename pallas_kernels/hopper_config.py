@@ -12,6 +12,7 @@ FEW_REGISTERS = 32  # of a thread that does not compute
 _LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96, 6: 80}  # per thread, by warpgroups of a program
 _MANY_ROWS = 128
 _BARRIER_BYTES = 2048
+_ALIGNMENT = 1024  # bytes that the smallest array in shared memory takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,12 +216,12 @@ class ChainConfig:
       if reason := c.unfit_reason(problem):
         return reason
       parts.append(c.stage_parts(problem))
+    for part, c, problem in zip(parts, self.products, problems, strict=True):
+      part["groups"] = c.groups_per_stage(problem) * c.block_n * 2 * (1 + problem.zeros)  # of 16 bits
+      part["sums"] = c.block_k // 32 * c.block_m * 4  # of x, at most of 32 k each (hopper_subnormal.py)
     largest = {name: max(part[name] for part in parts) for name in parts[0]}
-    if any(largest[name] % part[name] for name in ("words", "groups") for part in parts):
-      return f"{self} has stages of {parts} bytes, which must divide the largest, {largest}"
-    # Sums of x, at most of 32 k each (hopper_subnormal.py).
-    largest["sums"] = max(c.block_k // 32 * c.block_m * 4 for c in self.products)
-    size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products) + _BARRIER_BYTES
+    size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products)
+    size += _BARRIER_BYTES + 4 * _ALIGNMENT  # two products have factors of rows, in two arrays each
     if size > H200.shared_memory:
       return f"{self} takes {size} bytes of shared memory, of {H200.shared_memory}"
     return None

@@ -62,7 +62,8 @@ def rings(products: Sequence[dict[str, Any]]) -> dict[str, plgpu.RefUnion]:
   """The stages of products that are computed one after the other, all in the same place: a union by operand.
 
   A stage of a weight begins where that of every other product does, so that it may be copied while others are still
-  read: it is one of [stages, times, ...], of which only the first of `times` is used.
+  read: it is one of [stages, times, ...], of which only the first of `times` is used. All sizes are the same but for
+  powers of two.
 
   Args:
     products: `ring` of each.
@@ -104,14 +105,14 @@ def scratch(
   copies = 3 + problem.zeros + problem.sparse24 + subnormal  # that fill a stage, see `ring`
   c, stages, barrier = config, config.num_stages, plgpu.Barrier
   of_columns = functools.partial(barrier if c.split_k == 1 else _cluster_barrier, num_barriers=c.warpgroups_n)
-  sums = (stages, c.block_k // c.segment(problem), c.block_m) if c.sum_zeros else (1, 1, 8)
+  sums = stages, c.block_k // c.segment(problem), c.block_m
   return dict(
     full=barrier(num_arrivals=copies, num_barriers=stages),
     ready=of_columns(num_arrivals=c.warpgroups_k),
     done=of_columns(num_arrivals=c.warpgroups_k),
     consumed=barrier(num_arrivals=c.compute_warpgroups),
     summed=barrier(num_arrivals=1, num_barriers=stages),
-    sums_smem=SMEM(sums, jnp.float32),
+    sums_smem=SMEM(sums, jnp.float32) if c.sum_zeros else (),
     factored=barrier(num_arrivals=1),
     factors_smem=(SMEM((128,), jnp.float32), SMEM((c.block_m,), jnp.float32)) if normalized else (),
   )
