@@ -173,26 +173,30 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us. No program has two blocks of a product: with
-  two, a layer of 5120 x 55296 gained 2 % and took three times as long to compile.
+  counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us.
   """
-  clusters, products = num_sms // 2, []
+  clusters, products, programs = num_sms // 2, [], 0
   if problems[0].m > _MOST_CHAINED_ROWS:
     return f"{problems[0].m} rows are too many, one launch takes {_MOST_CHAINED_ROWS}"
-  for problem in problems:
+  for i, problem in enumerate(problems):
     k, n = layout.padded_shape(problem.k, problem.n)
-    tiles = {}
+    tiles, turns = {}, {}
     for warpgroups_n, warpgroups_k in ((4, 1), (2, 2), (1, 4)):
       for split_k in (1, 2):
-        short = k // (split_k * warpgroups_k) < _SHORTEST_RUN and split_k * warpgroups_k > 1
-        if not short and -(-n // (layout.TILE * warpgroups_n)) <= clusters * 2 // split_k:
+        partition = warpgroups_n, warpgroups_k, split_k
+        shared = split_k * warpgroups_k > 1
+        short = k // (split_k * warpgroups_k) < _SHORTEST_RUN and shared
+        turns[partition] = -(-n // (layout.TILE * warpgroups_n) // (clusters * 2 // split_k))
+        if not short and (turns[partition] == 1 or (i == 1 and not shared)):  # ChainConfig.takes_turns
           each = -(-k // (problem.tile_k * warpgroups_k * split_k))
-          tiles[warpgroups_n, warpgroups_k, split_k] = each + 1.4 * (warpgroups_k > 1) + 1.4 * (split_k > 1)
+          tiles[partition] = turns[partition] * each + 1.4 * (warpgroups_k > 1) + 1.4 * (split_k > 1)
     if not tiles:
       return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
-    products.append(dataclasses.replace(_hopper_config(problem, *min(tiles, key=tiles.get)), sum_zeros=False))
-  # No more programs than have work: fewer to wait for.
-  programs = max(-(-problem.n // c.block_n) * c.split_k for c, problem in zip(products, problems, strict=True))
+    best = min(tiles, key=tiles.get)
+    config = dataclasses.replace(_hopper_config(problem, *best), sum_zeros=False)
+    products.append(config)
+    # No more programs than have work: fewer to wait for.
+    programs = max(programs, -(-problem.n // config.block_n // turns[best]) * config.split_k)
   reason = ""
   for stages in range(min(c.num_stages for c in products), 1, -1):  # each product takes over those of the one before
     like = tuple(dataclasses.replace(c, num_stages=stages) for c in products)

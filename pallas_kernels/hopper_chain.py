@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products between the attentions of two decoder layers, in one launch of the Hopper kernel."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,7 +140,7 @@ def after_attention_hopper(
 
 
 def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float, float]):
-  """The blocks that one program computes, one of each product or none, in order.
+  """The blocks that one program computes, of each product one, none or several, in order.
 
   copying warpgroup       of each block: weights, as the stages of the block before are read, until there are no more;
                             wait until what it reads is written; the rest
@@ -165,7 +167,7 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
     reads, writes = ({name: ref for name, ref in refs.items() if ref is not None} for refs in (reads, writes))
     return reads, writes
 
-  blocks = []  # and whether this program has it
+  blocks = []  # the first of this program, and all that there are
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
     n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
@@ -174,37 +176,46 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
     smem |= dict(x=stages["x"][i], **(dict(sums=stages["sums"][i - 1]) if "sums" in reads else {}))
     of_program = dict(smem=smem, y_smem=sums[i], scratch=scratches[i] | dict(empty=empty), n=n, m=0, k=k)
     block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1])
-    blocks.append((block, n < config.blocks(i, problem)))
+    blocks.append((block, config.blocks(i, problem)))
+
+  def each(i: int, do: Callable[[Block], None]):
+    """Of those of product i that this program has."""
+    block, count = blocks[i]
+    programs = 2 * config.clusters // block.config.split_k
+    if count <= programs:
+      pl.when(block.n < count)(lambda: do(block))
+    else:
+      turns = lax.div(count - block.n + programs - 1, programs)
+      pl.loop(0, turns)(lambda turn: do(dataclasses.replace(block, n=block.n + turn * programs)))
 
   @pl.when(wg == compute_warpgroups)
   def _():
     plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-    for i, (block, mine) in enumerate(blocks):
+    for i in range(len(blocks)):
 
       def wait_for_x(i=i):
         programs = config.blocks(i - 1, problems[i - 1]) * config.products[i - 1].split_k
         hopper_grid.wait_for(counts, i - 1, programs * compute_warpgroups)
 
-      @pl.when(mine)
-      def _(i=i, block=block, wait_for_x=wait_for_x):
-        copy(block, wait_for_x if i else None)
+      each(i, functools.partial(copy, wait_for_x=wait_for_x if i else None))
 
     hopper_grid.leave(counts, len(blocks), 2 * config.clusters)
 
   @pl.when(wg < compute_warpgroups)
   def _():
     plgpu.set_max_registers(config.products[0].compute_registers, action="increase")
-    for i, (block, mine) in enumerate(blocks):
+    for i in range(len(blocks)):
 
-      @pl.when(mine)
-      def _(i=i, block=block):
+      def compute_and_publish(block, i=i):
         compute(block, wg)
         if i + 1 < len(blocks):
           hopper_grid.publish(counts, i)
         wait_for_cluster(block, wg)
 
+      each(i, compute_and_publish)
       if i == 0:  # what follows waits for every stage to be read, those that nothing was copied to as well
+        block, count = blocks[0]
 
-        @pl.loop(jnp.where(mine, block.run_of_steps()[1], 0), block.config.num_stages)
+        @pl.loop(jnp.where(block.n < count, block.run_of_steps()[1], 0), block.config.num_stages)
         def _(stage):
           plgpu.barrier_arrive(empty.at[stage])

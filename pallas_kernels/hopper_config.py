@@ -200,8 +200,17 @@ class ChainConfig:
       raise ValueError(f"clusters={self.clusters} must be at least 1")
 
   def blocks(self, i: int, problem: MatmulProblem) -> int:
-    """Of columns that product i has; a program, or a cluster where K is split, has one of them or none."""
+    """Of columns that product i has; a program, or a cluster where K is split, has one of them or none, or several in
+    turn if it does not share what it sums.
+    """
     return -(-problem.n // self.products[i].block_n)
+
+  def takes_turns(self, i: int, problem: MatmulProblem) -> bool:
+    """Whether a program may have several blocks of product i: what one leaves in shared memory, the sums of a warpgroup
+    and factors of rows, must have been read when the next one is as far.
+    """
+    c, steps = self.products[i], -(-problem.k // self.products[i].block_k)
+    return 0 < i < len(self.products) - 1 and not c.reduces and steps > c.num_stages
 
   def unfit_reason(self, problems: tuple[MatmulProblem, ...]) -> str | None:
     """Why the kernel cannot compute `problems` with this config; None if it can."""
@@ -211,7 +220,7 @@ class ChainConfig:
     for i, (c, problem) in enumerate(zip(self.products, problems, strict=True)):
       if problem.m > c.block_m:
         return f"{problem} has more than block_m={c.block_m} rows"
-      if self.blocks(i, problem) > (most := self.clusters * 2 // c.split_k):
+      if self.blocks(i, problem) > (most := self.clusters * 2 // c.split_k) and not self.takes_turns(i, problem):
         return f"{problem} has more than {most} blocks of columns"
       if reason := c.unfit_reason(problem):
         return reason

@@ -127,7 +127,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
   def wait_until_empty(t):
     plgpu.barrier_wait(scratch["empty"].at[lax.rem(t, stages)])
 
-  weights, begun = ("words", "meta", "scales", "zeros"), 0
+  weights, begun = ("words", "scales", "meta", "zeros"), 0
   if wait_for_x is not None:
     begun = jnp.minimum(steps, min(_AHEAD, stages))
 
@@ -152,7 +152,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
       def _():
         wait_until_empty(t)
 
-    start(t, "x", "sums", *weights)
+    start(t, *weights, "x", "sums")  # what comes from furthest away first
 
   if "squares" in b.gmem:
     partial_smem, factors_smem = scratch["factors_smem"]
