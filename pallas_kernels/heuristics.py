@@ -95,9 +95,6 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
   if problem.group_size < problem.k:
     while block_k % problem.group_size and problem.group_size % block_k:
       block_k //= 2
-  # Where 256 columns share the sums: 38.7 against 42.4 us at M=16 of 8192 x 28672. One column tile does not make up
-  # for them, and 64 rows leave no registers.
-  sum_zeros = problem.zeros and problem.bits == 4 and warpgroups_n == 4 and block_m <= 32
   config = HopperConfig(
     block_m=block_m,
     warpgroups_n=warpgroups_n,
@@ -108,16 +105,13 @@ def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int,
     # Of 128 rows, four warpgroups have no registers for a group's sums; two are faster with scaled weights as well,
     # 29.2 against 32.5 us at M=128 of 14336 x 4096.
     scale_weights=block_m == 128,
-    sum_zeros=sum_zeros,
     # Two planes of nibbles or positions, 64 rows' sums and the next tile: more than four warpgroups have registers for.
     decode_ahead=block_k > problem.tile_k * warpgroups_k
     and not (block_m >= 64 and (problem.bits == 8 or problem.sparse24)),
     # 31.7 against 34.3 us at M=1 of 8192 x 28672, 35.4 against 37.6 at 16. Three warpgroups with sums of 32 or 64 rows
-    # spill, 14.0 against 12.7 us at M=32 of 4096 x 12288, and so does x added up, 69.5 against 47.0 us. Sparse weights
-    # gain nothing with few rows, and compiling takes twice as long.
-    unroll=not (warpgroups_n == 3 and block_m in (32, 64))
-    and not (sum_zeros and block_m == 32)
-    and not (problem.sparse24 and block_m < 64),
+    # spill, 14.0 against 12.7 us at M=32 of 4096 x 12288. Sparse weights gain nothing with few rows, and compiling
+    # takes twice as long.
+    unroll=not (warpgroups_n == 3 and block_m in (32, 64)) and not (problem.sparse24 and block_m < 64),
   )
   return dataclasses.replace(config, num_stages=min(num_stages, config.max_stages(problem)))
 
@@ -193,7 +187,7 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
     if not tiles:
       return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
     best = min(tiles, key=tiles.get)
-    config = dataclasses.replace(_hopper_config(problem, *best), sum_zeros=False)
+    config = _hopper_config(problem, *best)
     products.append(config)
     # No more programs than have work: fewer to wait for.
     programs = max(programs, -(-problem.n // config.block_n // turns[best]) * config.split_k)

@@ -23,10 +23,7 @@ Weight = tuple[Array, Array, Array | None, Array | None]  # qweight, scales, zer
 Weights = tuple[Weight, Weight, Weight, Weight]  # output, gate_up, down, reader
 
 _OUTPUT, _GATE_UP, _DOWN, _READER = range(4)
-_READ_NORMED = _GATE_UP, _READER
-# What each product leaves (hopper_reduce.write_rows), where codes are subnormal numbers and where they are not.
-_WRITES = ("y", "raised", "squares", "sums"), ("raised", "sums"), ("y", "scaled", "raised", "squares", "sums"), ("y",)
-_WRITES_ELSE = ("y", "scaled", "squares"), ("y",), ("y", "scaled", "squares"), ("y",)
+_READ_NORMED, _ADD_TO_RESIDUAL = (_GATE_UP, _READER), (_OUTPUT, _DOWN)
 
 
 def problems_of(x: Float[Array, "M K"], weights: Weights) -> tuple[MatmulProblem, ...]:
@@ -38,16 +35,6 @@ def problems_of(x: Float[Array, "M K"], weights: Weights) -> tuple[MatmulProblem
     problems.append(MatmulProblem(m=x.shape[0], n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind))
     k = n // 2 if i == _GATE_UP else n
   return tuple(problems)
-
-
-def takes_subnormals(problems: tuple[MatmulProblem, ...]) -> bool:
-  """Whether codes are subnormal numbers (hopper_subnormal.py), but for the first product: attention leaves no sums."""
-  return not any(p.bits != 4 or p.sparse24 or p.group_size % layout.TILE for p in problems)
-
-
-def _run_of_x(i: int) -> int:
-  """Columns of product i that it leaves a sum of: those of a tile."""
-  return layout.TILE // 2 if i == _GATE_UP else layout.TILE
 
 
 # A jit of its own, as `matmul_hopper` is: all layers of a model share one compilation.
@@ -94,27 +81,15 @@ def after_attention_hopper(
   for i, weight in enumerate(weights):
     gmem |= {f"{name}_{i}": array for name, array in weight_operands(*weight, dtype).items()}
   gmem["counts"] = hopper_grid.counts(len(products))
-  subnormal = takes_subnormals(problems)
-  block_m = config.products[0].block_m
   outputs = {}
   for i, problem in enumerate(problems):
     columns = problem.n // 2 if i == _GATE_UP else problem.n
-    shapes = dict.fromkeys(("y", "scaled", "raised"), ((rows, columns), dtype))
-    shapes["squares"] = (columns // layout.TILE, rows), jnp.float32
-    # All rows of a block, because TMA copies rows of 16 bytes.
-    shapes["sums"] = (columns // _run_of_x(i), block_m), jnp.float32
-    for name in (_WRITES if subnormal else _WRITES_ELSE)[i]:
-      outputs[f"{name}_{i}"] = jax.ShapeDtypeStruct(*shapes[name])
-  stages = rings(
-    [
-      ring(*product, scales.dtype, run_of_x=_run_of_x(i - 1) if subnormal and i != _OUTPUT else None)
-      for i, (product, (_, scales, *_)) in enumerate(zip(products, weights, strict=True))
-    ]
-  )
-  of_products = [
-    scratch(*product, normalized=i in _READ_NORMED, subnormal=subnormal and i != _OUTPUT)
-    for i, product in enumerate(products)
-  ]
+    outputs[f"y_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
+    if i in _ADD_TO_RESIDUAL:
+      outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
+      outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
+  stages = rings([ring(*product, scales.dtype) for product, (_, scales, *_) in zip(products, weights, strict=True)])
+  of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
   results = plgpu.kernel(
     functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilons=epsilons),
     out_type=tuple(outputs.values()),
@@ -152,28 +127,22 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
   wg, cluster, half = (lax.axis_index(name) for name in ("wg", "cluster", "k"))
   compute_warpgroups = config.products[0].compute_warpgroups
 
-  def operands(i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+  def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a product reads and what it writes."""
-    reads = {name: gmem.get(f"{name}_{i}") for name in ("words", "scales", "zeros", "meta")}
+    reads = {name: gmem[f"{name}_{i}"] for name in ("words", "scales", "zeros", "meta") if f"{name}_{i}" in gmem}
     if i in _READ_NORMED:
-      reads["x"] = gmem.get(f"raised_{i - 1}", gmem.get(f"scaled_{i - 1}"))
-      reads["squares"] = gmem[f"squares_{i - 1}"]
-    else:
-      x = "x" if i == _OUTPUT else f"raised_{_GATE_UP}" if f"raised_{_GATE_UP}" in gmem else f"y_{_GATE_UP}"
-      residual = "residual" if i == _OUTPUT else f"y_{_OUTPUT}"
-      reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
-    reads |= dict(sums=gmem.get(f"sums_{i - 1}"), bias=gmem.get("bias") if i == _READER else None)
-    writes = {name: gmem.get(f"{name}_{i}") for name in ("y", "scaled", "raised", "squares", "sums")}
-    reads, writes = ({name: ref for name, ref in refs.items() if ref is not None} for refs in (reads, writes))
-    return reads, writes
+      reads |= dict(x=gmem[f"scaled_{i - 1}"], squares=gmem[f"squares_{i - 1}"])
+      return reads | ({"bias": gmem["bias"]} if i == _READER and "bias" in gmem else {}), (gmem[f"y_{i}"],)
+    x, residual = ("x", "residual") if i == _OUTPUT else (f"y_{_GATE_UP}", f"y_{_OUTPUT}")
+    reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
+    return reads, tuple(gmem[f"{name}_{i}"] for name in ("y", "scaled", "squares"))
 
   blocks = []  # the first of this program, and all that there are
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
     n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
     of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
-    smem = {name: members[i].at[:, 0] for name, members in stages.items() if name not in ("x", "sums")}
-    smem |= dict(x=stages["x"][i], **(dict(sums=stages["sums"][i - 1]) if "sums" in reads else {}))
+    smem = {name: members[i] if name == "x" else members[i].at[:, 0] for name, members in stages.items()}
     of_program = dict(smem=smem, y_smem=sums[i], scratch=scratches[i] | dict(empty=empty), n=n, m=0, k=k)
     block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1])
     blocks.append((block, config.blocks(i, problem)))

@@ -31,8 +31,6 @@ class HopperConfig:
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
       warpgroup: with one, both fragments would be the same loop-carried registers, and ptxas serialises the kernel
       (its note C7513).
-    sum_zeros: subtract zero points from each group's sum, times the sum of x (hopper_row_sums.py), and not from every
-      weight. One more warpgroup adds up x.
     unroll: go once round the ring of stages in a turn of the loop, so that addresses are constants.
   """
 
@@ -44,7 +42,6 @@ class HopperConfig:
   split_k: int = 1
   scale_weights: bool = False
   decode_ahead: bool = True
-  sum_zeros: bool = False
   unroll: bool = False
 
   def __post_init__(self):
@@ -52,7 +49,7 @@ class HopperConfig:
       block_m=(8, 16, 32, 64, _MANY_ROWS),
       warpgroups_n=(1, 2, 3, 4),
       warpgroups_k=(1, 2, 4),
-      block_k=(64, 128, 256, 512, 1024),
+      block_k=(64, 128, 256, 512),
       split_k=(1, 2, 4),
     ).items():
       if getattr(self, name) not in allowed:
@@ -61,8 +58,6 @@ class HopperConfig:
       raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
     if self.num_stages < 2:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
-    if self.sum_zeros and self.scale_weights:
-      raise ValueError("sum_zeros must be False where weights are scaled: there are no sums of a group")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
     if self.block_k < least:
       raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
@@ -87,8 +82,8 @@ class HopperConfig:
 
   @property
   def warpgroups(self) -> int:
-    """Warpgroups that compute, the one that copies and the one that adds up x."""
-    return self.compute_warpgroups + 1 + self.sum_zeros
+    """Warpgroups that compute, and the one that copies."""
+    return self.compute_warpgroups + 1
 
   @property
   def reduces(self) -> bool:
@@ -123,18 +118,12 @@ class HopperConfig:
     """k that share a scale; a whole column has the same one in every step, however long the column is."""
     return problem.group_size if problem.group_size < problem.k else self.block_k
 
-  def segment(self, problem: MatmulProblem) -> int:
-    """k of a step that one warpgroup sums before it scales."""
-    return min(self.group_size(problem), self.block_k // self.warpgroups_k)
-
   def unfit_reason(self, problem: MatmulProblem) -> str | None:
     """Why the kernel cannot compute `problem` with this config; None if it can."""
     group_size, tile_k, k = problem.group_size, problem.tile_k, problem.k
     most = self.max_stages(problem)
     if group_size < k and self.block_k % group_size and group_size % self.block_k:
       return f"block_k={self.block_k} and group_size={group_size}: one must divide the other"
-    if self.sum_zeros and (not problem.zeros or problem.bits != 4 or group_size < min(layout.TILE, k)):
-      return f"sum_zeros needs zero points of 4 bits and groups of at least {layout.TILE}, not {problem}"
     if self.scale_weights and group_size < min(tile_k, k):
       return f"scale_weights needs groups of at least {tile_k}, not group_size={group_size}"
     if self.block_k < tile_k * self.warpgroups_k * (1 + self.decode_ahead):
@@ -173,7 +162,6 @@ class HopperConfig:
       words=self.block_n * self.block_k * bits // 8,
       x=self.block_m * self.block_k * 2,
       groups=groups * self.block_n * group_bytes,
-      sums=self.block_k // layout.TILE * self.block_m * 4 if self.sum_zeros else 0,
     )
 
 
@@ -194,8 +182,8 @@ class ChainConfig:
     for c in self.products:
       if any(getattr(c, name) != getattr(first, name) for name in ("compute_warpgroups", "block_m", "num_stages")):
         raise ValueError(f"products={self.products} must be of one block_m and of as many warpgroups and stages")
-      if c.sum_zeros or c.split_k > 2 or c.y_in_ring:
-        raise ValueError(f"{c} must not sum zeros, not split K by more than 2, and have less than {_MANY_ROWS} rows")
+      if c.split_k > 2 or c.y_in_ring:
+        raise ValueError(f"{c} must not split K by more than 2, and have less than {_MANY_ROWS} rows")
     if self.clusters < 1:
       raise ValueError(f"clusters={self.clusters} must be at least 1")
 
@@ -227,7 +215,6 @@ class ChainConfig:
       parts.append(c.stage_parts(problem))
     for part, c, problem in zip(parts, self.products, problems, strict=True):
       part["groups"] = c.groups_per_stage(problem) * c.block_n * 2 * (1 + problem.zeros)  # of 16 bits
-      part["sums"] = c.block_k // 32 * c.block_m * 4  # of x, at most of 32 k each (hopper_subnormal.py)
     largest = {name: max(part[name] for part in parts) for name in parts[0]}
     size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products)
     size += _BARRIER_BYTES + 4 * _ALIGNMENT  # two products have factors of rows, in two arrays each

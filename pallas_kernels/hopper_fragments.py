@@ -4,9 +4,6 @@
 Everything here is for a warpgroup, 128 threads. `fa` is a private API of JAX: the lowering tests watch it.
 """
 
-import functools
-import operator
-
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -21,8 +18,6 @@ from pallas_kernels import layout
 Layout = plgpu.Layout
 # The 512 words that say where the codes of a tile belong, four for each thread (layout24.py).
 POSITIONS = Layout.WG_STRIDED((4, 128), vec_size=4)
-# What a nibble in the mantissa of a constant is too large by, until it is subtracted.
-RAISED = {jnp.dtype(jnp.bfloat16): 128, jnp.dtype(jnp.float16): 64}
 _SWIZZLE = 128  # bytes; a row of x in shared memory is 64 values of 16 bits
 X_TRANSFORMS = (plgpu.TilingTransform((8, layout.TILE)), plgpu.SwizzleTransform(_SWIZZLE))
 
@@ -52,37 +47,36 @@ def thread_of_warpgroup():
   return arith.remui(mgpu.utils.thread_idx(), constant(128))
 
 
-def _decode_asm(dtype, zero: int | None) -> str:
-  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of (nibble - zero) (constants: dequant.py).
+# What decoded weights are multiplied by, until sums are multiplied by 1 / DECODED; and weights that are scaled, too.
+DECODED = {jnp.dtype(jnp.bfloat16): 2.0**-6, jnp.dtype(jnp.float16): 1.0}
+DECODED_SCALED = 2.0**-40
 
-  With None they stay raised, by RAISED[dtype].
+
+def _decode_asm(dtype, linear: tuple[str, ...]) -> str:
+  """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of bits * factor + offset.
+
+  A bfloat16 whose exponent is 0 or 1 is its bits * 2**-133. So nothing but a mask makes a number of a nibble in its
+  bits 0 to 3, or of one in bits 4 to 7, 16 times as large; one fma does the rest. Raising a constant by a nibble in its
+  lowest four bits took shifts by 4, 8 and 12, and a subtraction: 8 instructions a tile more. The ten mantissa bits of
+  a float16 hold both places beside a constant: 1024 + nibble, 1024 + 16 nibble.
+
+  Args:
+    linear: factor and offset for nibbles in bits 0 to 3, then for those in bits 4 to 7: literals or registers.
   """
-  if zero is None and dtype == jnp.float16:
-    # All in bits 4..7 of the mantissa, where one is a unit: 64 + nibble.
-    return """{ .reg .b32 t0, t2, t3;
-      shl.b32 t0, $4, 4; shr.u32 t2, $4, 4; shr.u32 t3, $4, 8;
-      lop3.b32 $0, t0, 0x00F000F0, 0x54005400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x54005400, 0xEA;
-      lop3.b32 $2, t2, 0x00F000F0, 0x54005400, 0xEA; lop3.b32 $3, t3, 0x00F000F0, 0x54005400, 0xEA; }"""
-  if dtype == jnp.bfloat16:
-    subtract = ""
-    if zero is not None:
-      subtract = f"""mov.b32 zero, {pair_literal(128 + zero, dtype)};
-      sub.bf16x2 $0, $0, zero; sub.bf16x2 $1, $1, zero; sub.bf16x2 $2, $2, zero; sub.bf16x2 $3, $3, zero;"""
-    # A nibble fits a bf16 mantissa in its lowest four bits only: shift by 4, 8, 12.
-    return f"""{{ .reg .b32 t1, t2, t3, zero;
-      shr.u32 t1, $4, 4; shr.u32 t2, $4, 8; shr.u32 t3, $4, 12;
-      lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, t1, 0x000F000F, 0x43004300, 0xEA;
-      lop3.b32 $2, t2, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $3, t3, 0x000F000F, 0x43004300, 0xEA;
-      {subtract} }}"""
-  # The ten mantissa bits of fp16 hold it in bits 4..7 as well: 1024 + 16 v, then * 1/16 - (64 + zero).
-  return f"""{{ .reg .b32 t, zero, sixteenth, zero16;
-    shr.u32 t, $4, 8;
-    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
-    lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, t, 0x00F000F0, 0x64006400, 0xEA;
-    mov.b32 zero, {pair_literal(1024 + zero, dtype)}; mov.b32 sixteenth, {pair_literal(1 / 16, dtype)};
-    mov.b32 zero16, {pair_literal(-64 - zero, dtype)};
-    sub.f16x2 $0, $0, zero; fma.rn.f16x2 $1, $1, sixteenth, zero16;
-    sub.f16x2 $2, $2, zero; fma.rn.f16x2 $3, $3, sixteenth, zero16; }}"""
+  kind, one = ("bf16x2", "0x00000000") if dtype == jnp.bfloat16 else ("f16x2", "0x64006400")
+  return f"""{{ .reg .b32 t, f0, o0, f1, o1; shr.u32 t, $4, 8;
+    lop3.b32 $0, $4, 0x000F000F, {one}, 0xEA; lop3.b32 $1, $4, 0x00F000F0, {one}, 0xEA;
+    lop3.b32 $2, t, 0x000F000F, {one}, 0xEA; lop3.b32 $3, t, 0x00F000F0, {one}, 0xEA;
+    mov.b32 f0, {linear[0]}; mov.b32 o0, {linear[1]}; mov.b32 f1, {linear[2]}; mov.b32 o1, {linear[3]};
+    fma.rn.{kind} $0, $0, f0, o0; fma.rn.{kind} $1, $1, f1, o1;
+    fma.rn.{kind} $2, $2, f0, o0; fma.rn.{kind} $3, $3, f1, o1; }}"""
+
+
+# (factor, offset) for nibbles in bits 0 to 3 and for those in bits 4 to 7, with which they become nibble * DECODED.
+_OF_BITS = {
+  jnp.dtype(jnp.bfloat16): ((2.0**127, 0.0), (2.0**123, 0.0)),
+  jnp.dtype(jnp.float16): ((1.0, -1024.0), (1 / 16, -64.0)),
+}
 
 
 def pair_literal(value: int | float, dtype) -> str:
@@ -91,44 +85,73 @@ def pair_literal(value: int | float, dtype) -> str:
   return f"0x{bits << 16 | bits:08X}"
 
 
-def decode_tile(planes, dtype, *, zero: int | None, assembly: str | None = None):
-  """The (64 n, 64 k) tile of codes as a wgmma A fragment, exact in bfloat16 and float16.
+def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
+  """The (64 n, 64 k) tile of codes less a zero point, as a wgmma A fragment: times DECODED, exact.
+
+  With scales times those and DECODED_SCALED, rounded once: they must be of less than 2**34.
 
   Args:
     planes: shared memory of 1024 int16 words of nibbles (layout.py), of which a thread reads eight; or two of them, the
       high and the low nibbles of codes of 8 bits. Read in here, because every layout that Pallas must find makes
       lowering longer (docs/kernel.md, What lowering costs).
-    zero: the code that is to be zero, 0 or the middle one; None leaves codes of 4 bits raised by RAISED[dtype].
-    assembly: of codes of 4 bits, what turns a word into four pairs instead (hopper_subnormal.py).
+    zero: the code that is to be zero, 0 or the middle one.
+    zeros: shared memory of a zero point for each of 64 columns, a fraction perhaps: the difference is rounded once. Of
+      codes of 4 bits in bfloat16 whose `zero` is 0; beside float16's 1024 there is no room for a fraction.
+    scales: shared memory of a scale for each of 64 columns, of codes of 4 bits in bfloat16.
   """
+  more = [ref for ref in (zeros, scales) if ref is not None]
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(()),) * len(planes),
+    arg_types=(plgpu.RefType(()),) * (len(planes) + len(more)),
     return_type=plgpu.ShapeDtypeStruct((layout.TILE, layout.TILE), dtype, layout=Layout.WGMMA),
   )
-  def decode(ctx, *planes):
+  def decode(ctx, *refs):
     del ctx
     i32 = ir.IntegerType.get_signless(32)
-    pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+    element = mgpu.utils.dtype_to_ir_type(dtype)
+    pair = ir.VectorType.get((2,), element)
+
+    def number(value):
+      return arith.constant(element, ir.FloatAttr.get(element, value))
+
+    def linear():
+      """What `_decode_asm` takes from registers; a thread has two columns, one's nibbles in bits 0 to 3."""
+      values = fa.FragmentedArray.load_untiled(refs[-1], layout=fa.WGMMA_LAYOUT.reduce((1,)), optimized=False)
+      operands = []
+      for value, (factor, _) in zip(values.astype(element).registers.flat, _OF_BITS[dtype], strict=True):
+        value = vector.extract(value, [], [0])
+        if scales is not None:
+          parts = factor / DECODED[dtype] * DECODED_SCALED, -zero * DECODED_SCALED
+          operands += [arith.mulf(value, number(part)) for part in parts]
+        else:
+          operands += [number(factor), arith.mulf(value, number(-DECODED[dtype]))]
+      return [mgpu.utils.bitcast(vector.broadcast(pair, operand), i32) for operand in operands]
 
     def nibbles(words_ref, zero):
       (vec,) = fa.FragmentedArray.load_strided(words_ref, is_signed=True, vec_size=8).registers.flat
       vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
-      text = assembly or _decode_asm(dtype, zero)
-      return [p for j in range(4) for p in asm([i32] * 4, [vector.extract(vec, [], [j])], text, "=&r,=&r,=&r,=&r,r")]
+      if more:
+        of_columns, names = linear(), tuple(f"${i}" for i in range(5, 9))
+      else:
+        of_columns, names = [], ()
+        for factor, offset in _OF_BITS[dtype]:
+          names += pair_literal(factor, dtype), pair_literal(offset - zero * DECODED[dtype], dtype)
+      text, constraints = _decode_asm(dtype, names), "=&r,=&r,=&r,=&r,r" + ",r" * len(of_columns)
+      words = [vector.extract(vec, [], [j]) for j in range(4)]
+      return [p for word in words for p in asm([i32] * 4, [word, *of_columns], text, constraints)]
 
-    pairs = nibbles(planes[0], zero if len(planes) == 1 else zero // 16)
+    pairs = nibbles(refs[0], zero if len(planes) == 1 else zero // 16)
     if len(planes) == 2:
       # code - 128 = 16 (high - 8) + low: every term is an integer of at most 8 bits.
       kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
       text = f"{{ .reg .b32 sixteen; mov.b32 sixteen, {pair_literal(16, dtype)}; fma.rn.{kind} $0, $1, sixteen, $2; }}"
-      low = nibbles(planes[1], 0)
+      low = nibbles(refs[1], 0)
       pairs = [asm([i32], [h, l], text, "=r,r,r")[0] for h, l in zip(pairs, low, strict=True)]
     registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((layout.TILE, layout.TILE)), dtype=object)
     registers.flat[:] = [mgpu.utils.bitcast(p, pair) for p in pairs]
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-  return decode(*planes)
+  return decode(*planes, *more)
 
 
 def of_columns(values_smem, shape: tuple[int, int]):
@@ -142,22 +165,6 @@ def of_columns(values_smem, shape: tuple[int, int]):
     layout = fa.WGMMA_LAYOUT.reduce((1,))
     values = fa.FragmentedArray.load_untiled(values_ref, layout=layout, optimized=False)
     return values.broadcast_in_dim(shape, (0,), fa.WGMMA_LAYOUT)
-
-  return load(values_smem)
-
-
-def sum_of_rows(values_smem, count: int, shape: tuple[int, int]):
-  """The sum of `count` rows of values_smem[row, m] at every [:, m] of `shape`, as an accumulator has it."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(()),), return_type=plgpu.ShapeDtypeStruct(shape, values_smem.dtype, layout=Layout.WGMMA)
-  )
-  def load(ctx, values_ref):
-    del ctx
-    layout = fa.WGMMA_LAYOUT.reduce((0,))
-    rows = (mgpu.utils.memref_slice(values_ref, i) for i in range(count))
-    values = [fa.FragmentedArray.load_untiled(row, layout=layout, optimized=False) for row in rows]
-    return functools.reduce(operator.add, values).broadcast_in_dim(shape, (1,), fa.WGMMA_LAYOUT)
 
   return load(values_smem)
 

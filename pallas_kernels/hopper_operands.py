@@ -40,8 +40,8 @@ def weight_operands(qweight: Array, scales: Array, zeros: Array | None, meta: Ar
   return operands
 
 
-def ring(config: HopperConfig, problem: MatmulProblem, scales_dtype, *, run_of_x: int | None = None) -> dict[str, Any]:
-  """The stages of what is copied, by the names of the operands; with sums of x, those of `run_of_x` k each."""
+def ring(config: HopperConfig, problem: MatmulProblem, scales_dtype) -> dict[str, Any]:
+  """The stages of what is copied, by the names of the operands."""
   c, stages, runs = config, config.num_stages, config.groups_per_stage(problem)
   tiles = c.block_k // problem.tile_k
   stages_of = dict(
@@ -49,8 +49,6 @@ def ring(config: HopperConfig, problem: MatmulProblem, scales_dtype, *, run_of_x
     words=SMEM((stages, c.warpgroups_n, tiles, problem.bits // 4, 8, 128), jnp.int16),
     scales=SMEM((stages, runs, c.block_n), scales_dtype),
   )
-  if run_of_x is not None:
-    stages_of["sums"] = SMEM((stages, c.block_k // run_of_x, c.block_m), jnp.float32)
   if problem.zeros:
     stages_of["zeros"] = SMEM((stages, runs, c.block_n), problem.dtype)
   if problem.sparse24:
@@ -68,7 +66,7 @@ def rings(products: Sequence[dict[str, Any]]) -> dict[str, plgpu.RefUnion]:
   Args:
     products: `ring` of each.
   """
-  unions = {}
+  unions = {"x": plgpu.RefUnion(*(stages["x"] for stages in products))}  # there when the product before is done
   for name in ("words", "scales", "zeros", "meta"):
     members = [stages[name] for stages in products if name in stages]
     if members:
@@ -76,10 +74,6 @@ def rings(products: Sequence[dict[str, Any]]) -> dict[str, plgpu.RefUnion]:
       unions[name] = plgpu.RefUnion(
         *(SMEM((m.shape[0], most // _stage_bytes(m), *m.shape[1:]), m.dtype) for m in members)
       )
-  for name in ("x", "sums"):  # there when no one reads the product before any more
-    members = [stages[name] for stages in products if name in stages]
-    if members:
-      unions[name] = plgpu.RefUnion(*members)
   return unions
 
 
@@ -93,26 +87,20 @@ def y_smem(config: HopperConfig, problem: MatmulProblem) -> Any:
   return SMEM((config.compute_warpgroups, config.block_m, PITCH[dtype.itemsize]), dtype)
 
 
-def scratch(
-  config: HopperConfig, problem: MatmulProblem, *, normalized: bool, subnormal: bool = False
-) -> dict[str, Any]:
+def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool) -> dict[str, Any]:
   """Barriers and what else a product has for itself; hopper_program.py says who waits for whom.
 
   Args:
     normalized: whether a deferred norm comes before.
-    subnormal: whether there are sums of x.
   """
-  copies = 3 + problem.zeros + problem.sparse24 + subnormal  # that fill a stage, see `ring`
+  copies = 3 + problem.zeros + problem.sparse24  # that fill a stage, see `ring`
   c, stages, barrier = config, config.num_stages, plgpu.Barrier
   of_columns = functools.partial(barrier if c.split_k == 1 else _cluster_barrier, num_barriers=c.warpgroups_n)
-  sums = stages, c.block_k // c.segment(problem), c.block_m
   return dict(
     full=barrier(num_arrivals=copies, num_barriers=stages),
     ready=of_columns(num_arrivals=c.warpgroups_k),
     done=of_columns(num_arrivals=c.warpgroups_k),
     consumed=barrier(num_arrivals=c.compute_warpgroups),
-    summed=barrier(num_arrivals=1, num_barriers=stages),
-    sums_smem=SMEM(sums, jnp.float32) if c.sum_zeros else (),
     factored=barrier(num_arrivals=1),
     factors_smem=(SMEM((128,), jnp.float32), SMEM((c.block_m,), jnp.float32)) if normalized else (),
   )

@@ -7,9 +7,8 @@ A block is block_n columns x block_m rows x one of split_k runs of K, which is b
 
     copying warpgroup       wait for `empty`, start TMA copies (words, x, scales, zeros) that arrive on `full`; then,
                               with a deferred norm, what its rows are divided by (hopper_norm.py), arrive on `factored`
-    adding warpgroup        with sum_zeros: wait for `full`, add up the stage's x, arrive on `summed`
     computing warpgroup     wgmma of tile t on 64 columns . x^T   (asynchronous)
-      (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, lop3, subtract -> registers of fragment A
+      (n, j): column tile n   decode tile t + 1: 16 bytes a thread, shift, mask, fma -> registers of fragment A
       and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
       every stage's k
     the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
@@ -35,11 +34,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import POSITIONS, RAISED, decode_tile, mma_issue, mma_wait, of_columns, sum_of_rows
+from pallas_kernels.hopper_fragments import (
+  DECODED,
+  DECODED_SCALED,
+  POSITIONS,
+  decode_tile,
+  mma_issue,
+  mma_wait,
+  of_columns,
+)
 from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
-from pallas_kernels.hopper_row_sums import negative_row_sums
-from pallas_kernels.hopper_subnormal import DECODE, restore, subtract_zeros
 from pallas_kernels.problem import MatmulProblem
 
 _AHEAD = 3  # stages of weights that are asked for before x is there
@@ -52,7 +57,7 @@ class Block:
   Attributes:
     config, problem, gated, epsilon: of the product; epsilon is that of the norm before it.
     gmem: the operands that there are, in device memory, by name.
-    outputs: what is written, by name; see `write_rows`.
+    outputs: y; with a norm to come also y * norm and the squares of y.
     smem: the stages of what is copied, by the names of the operands.
     y_smem: a slot for the sums of every warpgroup.
     scratch: shared memory and barriers that are of one product alone, see `hopper_operands.scratch`.
@@ -64,7 +69,7 @@ class Block:
   gated: bool
   epsilon: float
   gmem: dict[str, Any]
-  outputs: dict[str, Any]
+  outputs: tuple[Any, ...]
   smem: dict[str, Any]
   y_smem: Any
   scratch: dict[str, Any]
@@ -77,11 +82,6 @@ class Block:
     k_tiles = self.gmem["words"].shape[1]
     total = -(-k_tiles // (self.config.block_k // self.problem.tile_k))
     return run_of_steps(self.k, total, self.config.split_k)
-
-  @property
-  def subnormal(self) -> bool:
-    """Whether codes are subnormal numbers (hopper_subnormal.py), because there are sums of x."""
-    return "sums" in self.gmem
 
   def column_tile_and_part(self, wg):
     """Which tile of its columns, and which part of every stage's k, a computing warpgroup has."""
@@ -116,9 +116,6 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
     groups = pl.ds(0 if problem.group_size == problem.k else step * c.block_k // group_size, runs), columns
     rows = pl.ds(b.m * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)
     indices = dict(words=words, meta=words, x=rows, scales=groups, zeros=groups)
-    if b.subnormal:
-      _, runs_of_x, _ = b.smem["sums"].shape
-      indices["sums"] = pl.ds(step * runs_of_x, runs_of_x), pl.ds(b.m * c.block_m, c.block_m)
     for name in names:
       if name in b.smem:
         source, target = b.gmem[name].at[indices[name]], b.smem[name].at[stage]
@@ -140,7 +137,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
 
     @pl.loop(0, begun)
     def _(t):
-      start(t, "x", "sums")
+      start(t, "x")
 
   @pl.loop(begun, steps)
   def _(t):
@@ -152,7 +149,7 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
       def _():
         wait_until_empty(t)
 
-    start(t, *weights, "x", "sums")  # what comes from furthest away first
+    start(t, *weights, "x")  # what comes from furthest away first
 
   if "squares" in b.gmem:
     partial_smem, factors_smem = scratch["factors_smem"]
@@ -161,31 +158,21 @@ def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
     plgpu.barrier_arrive(scratch["factored"])
 
 
-def add_up_x(block: Block):
-  """The adding warpgroup, of a config that sums zeros."""
-  c, scratch = block.config, block.scratch
-  _, steps = block.run_of_steps()
-
-  @pl.loop(0, steps)
-  def _(t):
-    stage = lax.rem(t, c.num_stages)
-    plgpu.barrier_wait(scratch["full"].at[stage])
-    negative_row_sums(block.smem["x"], scratch["sums_smem"], stage)
-    plgpu.barrier_arrive(scratch["summed"].at[stage])
-
-
 def compute(block: Block, wg):
   """A computing warpgroup (wg, an int32 scalar): its part of the block's sums, its share of what is written of them."""
   b, c, problem, scratch = block, block.config, block.problem, block.scratch
   gmem, smem, dtype, tile_k = b.gmem, b.smem, problem.dtype, problem.tile_k
   stages, tiles_each = c.num_stages, c.block_k // tile_k // c.warpgroups_k
-  group_size, runs, segment = c.group_size(problem), c.groups_per_stage(problem), c.segment(problem)
+  group_size, runs = c.group_size(problem), c.groups_per_stage(problem)
   _, steps = b.run_of_steps()
   column_tile, part = b.column_tile_and_part(wg)
   first_tile = part * tiles_each  # of those of a stage, this warpgroup's
   first_column = b.n * c.block_n + column_tile * layout.TILE
   share = b.k * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
   sums_shape = (layout.TILE, c.block_m)
+  # Decoding subtracts zero points, in bfloat16, or multiplies by scales, where a scale times the zero point is exact.
+  zeros_fused = problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
+  scales_fused = c.scale_weights and not problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
 
   def fragment(stage, tile):
     """The weights of a tile in registers, and the positions of 2:4 sparse ones."""
@@ -197,29 +184,24 @@ def compute(block: Block, wg):
   def weights(stage, tile):
     with jax.named_scope("dequantize"):
       planes = [smem["words"].at[stage, column_tile, first_tile + tile, plane] for plane in range(problem.bits // 4)]
-      if b.subnormal:
-        return decode_tile(planes, dtype, zero=None, assembly=DECODE)
-      zero = None if c.sum_zeros else 0 if problem.zeros else 2 ** (problem.bits - 1)
-      w = decode_tile(planes, dtype, zero=zero)
-      if problem.zeros and not c.sum_zeros:
-        w -= of_group("zeros", stage, tile * tile_k, w.shape)
-      return w * of_group("scales", stage, tile * tile_k, w.shape).astype(dtype) if c.scale_weights else w
+      zero = 0 if problem.zeros else 2 ** (problem.bits - 1)
+      zeros = group_of("zeros", stage, tile * tile_k) if problem.zeros else None
+      scales = group_of("scales", stage, tile * tile_k) if c.scale_weights else None
+      fused = dict(zeros=zeros if zeros_fused else None, scales=scales if scales_fused else None)
+      w = decode_tile(planes, dtype, zero=zero, **fused)
+      if zeros is not None and not zeros_fused:
+        w -= of_columns(zeros, w.shape) * dtype.type(DECODED[dtype])
+      return w if scales is None or scales_fused else w * of_columns(scales, w.shape).astype(dtype)
 
   def index(k, length):
     """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
     k += first_tile * tile_k
     return k // length if c.warpgroups_k == 1 else lax.div(k, length)
 
-  def of_group(name, stage, k, shape):
-    """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column, over all of `shape`."""
+  def group_of(name, stage, k):
+    """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
     group = 0 if runs == 1 else index(k, group_size)
-    return of_columns(smem[name].at[stage, group, pl.ds(column_tile * layout.TILE, layout.TILE)], shape)
-
-  def sums_of_x(stage, k):
-    """Those of the segment that `k` of this warpgroup's part is in, over all columns."""
-    count = segment * smem["sums"].shape[1] // c.block_k
-    first = index(k, segment) * count
-    return sum_of_rows(smem["sums"].at[stage, pl.ds(first, count)], count, sums_shape)
+    return smem[name].at[stage, group, pl.ds(column_tile * layout.TILE, layout.TILE)]
 
   def beginning():
     """What the sums are added to: 0, and in the first share the bias."""
@@ -237,7 +219,7 @@ def compute(block: Block, wg):
 
   def multiply(stage, acc, w, following):
     """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
-    partial, summed_waited = acc if c.scale_weights else None, False
+    partial = acc if c.scale_weights else None
     for tile in range(tiles_each):
       x = smem["x"].at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
       w, positions = w
@@ -257,20 +239,7 @@ def compute(block: Block, wg):
       # What sums are scaled with is loaded before the wait for wgmma, which hides it.
       if group_ends and not c.scale_weights:
         ks = [tile * tile_k + tile_k // 2 * half for half in range(len(started))]
-        of_halves = [of_group("scales", stage, k, sums_shape) for k in ks]
-      if c.sum_zeros and group_ends:
-        zeros = of_group("zeros", stage, tile * tile_k, sums_shape)
-        if not summed_waited:
-          plgpu.barrier_wait(scratch["summed"].at[stage])
-          summed_waited = True
-        x_sums = plgpu.load(
-          scratch["sums_smem"].at[stage, index(tile * tile_k, segment)],
-          layout=plgpu.Layout.WGMMA.reduce(0),
-          optimized=False,
-        )
-      if b.subnormal and group_ends:
-        of_x = sums_of_x(stage, tile * tile_k)
-        zeros = of_group("zeros", stage, tile * tile_k, sums_shape).astype(jnp.float32) if problem.zeros else 8
+        of_halves = [of_columns(group_of("scales", stage, k), sums_shape) for k in ks]
       done_tiles = mma_wait(*started)
       if not c.decode_ahead:
         w = decode_next()
@@ -278,10 +247,6 @@ def compute(block: Block, wg):
         acc = partial = done_tiles[0]
       elif group_ends:
         for sums, scales in zip(done_tiles, of_halves, strict=True):
-          if c.sum_zeros:
-            sums += lax.broadcast_in_dim(x_sums, sums.shape, [1]) * (zeros.astype(jnp.float32) + RAISED[dtype])
-          if b.subnormal:
-            sums = subtract_zeros(sums, of_x, zeros)
           acc += sums * scales.astype(jnp.float32)
         partial = None
       else:
@@ -309,8 +274,6 @@ def compute(block: Block, wg):
     return carry
 
   zero = plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
-  later = "squares" in gmem or b.subnormal
-  begin = zero if later else beginning()
   plgpu.barrier_wait(scratch["full"].at[0])
   where = dict(
     block_m=c.block_m,
@@ -322,7 +285,7 @@ def compute(block: Block, wg):
     gated=b.gated,
   )
   addends = load_addends(b.outputs, gmem.get("residual"), gmem.get("norm"), **where)
-  carry, turns = (begin, fragment(0, 0)), 0
+  carry, turns = (zero, fragment(0, 0)), 0
   if c.unroll:
     turns = steps // stages if isinstance(steps, int) else lax.div(steps, stages)
     carry = lax.fori_loop(0, turns, turn, carry)
@@ -330,14 +293,12 @@ def compute(block: Block, wg):
     carry = lax.fori_loop(turns * stages, steps, lambda t, carry: step(t, carry, lax.rem(t, stages)), carry)
   acc, _ = carry
 
-  if b.subnormal:
-    acc = restore(acc)
+  acc *= 1 / (DECODED_SCALED if scales_fused else DECODED[dtype])
   if "squares" in gmem:
     plgpu.barrier_wait(scratch["factored"])
     by = plgpu.load(scratch["factors_smem"][1], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     acc *= lax.broadcast_in_dim(by, acc.shape, [1])
-  if later:
-    acc += beginning()
+  acc += beginning()
 
   with jax.named_scope("reduce"):
     if c.y_in_ring:  # y_smem is where the ring was
@@ -365,21 +326,13 @@ def program(*refs, names, config: HopperConfig, problem: MatmulProblem, gated: b
   wg, n, m = (lax.axis_index(name) for name in ("wg", "n", "m"))
   k = lax.axis_index("k") if config.split_k > 1 else 0
   of_product = dict(config=config, problem=problem, gated=gated, epsilon=epsilon)
-  outputs = dict(zip(("y", "scaled", "squares"), outputs, strict=False))
-  of_program = dict(gmem=gmem, outputs=outputs, smem=smem, y_smem=y_smem, scratch=scratch)
+  of_program = dict(gmem=gmem, outputs=tuple(outputs), smem=smem, y_smem=y_smem, scratch=scratch)
   block = Block(**of_product, **of_program, n=n, m=m, k=k)
 
   @pl.when(wg == config.compute_warpgroups)
   def _():
     plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
     copy(block)
-
-  if config.sum_zeros:
-
-    @pl.when(wg == config.compute_warpgroups + 1)
-    def _():
-      plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-      add_up_x(block)
 
   @pl.when(wg < config.compute_warpgroups)
   def _():

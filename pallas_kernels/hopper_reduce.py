@@ -27,7 +27,6 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_fragments import asm, asm_void, constant, thread_of_warpgroup
-from pallas_kernels.hopper_subnormal import LOWERED, RAISED_X
 
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
@@ -109,7 +108,7 @@ def load_addends(
   Args: see `write_rows`.
   """
   rows, _, threads_a_row = _places(block_m, slots, programs, gated)
-  m_end, n_end = next(iter(outputs.values())).shape
+  m_end, n_end = outputs[0].shape
   refs = [ref for ref in (residual_gmem, norm_gmem) if ref is not None]
   if not refs:
     return Addends(residual=None, norm=None, loaded=None)
@@ -158,13 +157,12 @@ def write_rows(
 
   If gated, with half the columns: silu(gate) * up of the sums. A residual is added to that. With a norm to come, also
   scaled = y * norm and squares[first_column / 64, first_row + m] = sum of y^2 over 64 columns, of y before it is
-  rounded. For a product that takes codes as subnormal numbers (hopper_subnormal.py) raised = RAISED_X times what it
-  reads, scaled or else y; and sums[first_column / 64, or 32 if gated, first_row + m] = -LOWERED times its sum.
+  rounded.
 
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
-    outputs: what is wanted of these, by name, first y, scaled or raised: [M, N] with N a multiple of 8; what lies
-      beyond M and N is not written. In float32 squares [N / 64, M] and sums [N / 64 or 32, at least M].
+    outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With a norm also scaled, like y,
+      and squares [N / 64, M] in float32.
     addends: what `load_addends` of the same share returned.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
@@ -173,7 +171,7 @@ def write_rows(
   reducing = slots * programs > 1
   rows, rows_a_pass, threads_a_row = _places(block_m, slots, programs, gated)
   width = 16 if gated and reducing else 8  # columns of sums for these
-  convert = f"cvt.rn.{'bf16x2' if next(iter(outputs.values())).dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
+  convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
 
   def write(ctx, y_ref, slot, share, first_row, first_column, *refs):
     del ctx
@@ -182,13 +180,12 @@ def write_rows(
     )
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     pair = ir.VectorType.get((2,), ir.MemRefType(refs[0].type).element_type)
-    m_end, n_end = next(iter(outputs.values())).shape
+    m_end, n_end = ir.MemRefType(refs[0].type).shape
     loaded = []  # words of the first row's residual, of the norm
     if addends.loaded is not None:
       *refs, words = refs
       loaded = [[vector.extract(four, [], [i]) for i in range(4)] for four in words.registers.flat]
-    names = (*outputs, "residual")[: len(refs)]
-    gmem = {n: llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for n, ref in zip(names, refs, strict=True)}
+    gmem = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
     if programs > 1:
       asm_void(_ACQUIRE)
     local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
@@ -220,12 +217,10 @@ def write_rows(
       there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
       return asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
 
-    def store(name, element, values):
-      """Eight values in y's dtype; returns the words."""
+    def store(base, element, values):
       words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
-      there = arith.addi(gmem[name], arith.muli(element, mgpu.c(2, i64)))
+      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
       asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
-      return words
 
     def floats(words):
       vectors = [mgpu.utils.bitcast(word, pair) for word in words]
@@ -237,30 +232,11 @@ def write_rows(
     def multiply(a, b):
       return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
 
-    def by(values, factor):
-      return [arith.mulf(value, mgpu.c(factor, f32)) for value in values]
-
-    # The threads of a row are all inside or all outside.
-    first_lane, lanes = 32 - threads_a_row, 2**threads_a_row - 1
-    text = f"{{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, {first_lane}; shl.b32 $0, {lanes}, lane; }}"
-    same_row = asm([i32], [], text, "=r")[0] if {"squares", "sums"} & outputs.keys() else None
-
-    def store_total(name, m, values):
-      """The sum of `values` of all threads of a row, as output `name` of these columns."""
-      total = functools.reduce(arith.addf, values)
-      distance = 1
-      while distance < threads_a_row:
-        exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
-        total = arith.addf(total, asm([f32], [total, same_row], exchange, "=f,f,r")[0])
-        distance *= 2
-      with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
-        tile = arith.divui(first_column, constant(8 * threads_a_row))
-        there = arith.extui(i64, arith.addi(arith.muli(tile, constant(outputs[name].shape[1])), m))
-        there = arith.addi(gmem[name], arith.muli(there, mgpu.c(4, i64)))
-        asm_void("st.global.f32 [$0], $1;", [there, total], "l,f")
-
     if addends.norm is not None:
       norm = floats(loaded[-1])
+      # Eight threads have a row, and are all inside or all outside.
+      text = "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 24; shl.b32 $0, 255, lane; }"
+      same_row = asm([i32], [], text, "=r")[0]
     for first in range(0, rows, rows_a_pass):
       mine = arith.addi(constant(first), local)
       row = arith.addi(arith.muli(share, constant(rows)), mine)
@@ -271,7 +247,7 @@ def write_rows(
       with mgpu.utils.when(inside):
         element = _element(m, n, n_end)
         if addends.residual is not None:
-          residual = loaded[0] if first == 0 else load_words(gmem["residual"], element)
+          residual = loaded[0] if first == 0 else load_words(gmem[len(outputs)], element)
         if reducing:
           total = None
           for program in range(programs):
@@ -285,19 +261,22 @@ def write_rows(
           total = floats(words)
         if addends.residual is not None:
           total = add(total, floats(residual))
-        scaled = total if addends.norm is None else multiply(total, norm)
-        for name, values in dict(y=total, scaled=scaled).items():
-          if name in outputs:
-            store(name, element, values)
-        if "squares" in outputs:
-          store_total("squares", m, multiply(total, total))
-        if "raised" in outputs:
-          words = store("raised", element, by(scaled, RAISED_X))
-          store_total("sums", m, by(by(floats(words), 1 / RAISED_X), -LOWERED))
+        store(gmem[0], element, total)
+        if addends.norm is not None:
+          store(gmem[1], element, multiply(total, norm))
+          square = functools.reduce(arith.addf, multiply(total, total))
+          for distance in (1, 2, 4):
+            exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
+            square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
+          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
+            tile = arith.divui(first_column, constant(layout.TILE))
+            there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
+            there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
+            asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
-  refs = (*outputs.values(), *(() if addends.residual is None else (addends.residual,)))
+  refs = (*outputs, *(() if addends.residual is None else (addends.residual,)))
   types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(refs)
   if addends.loaded is not None:
     refs += (addends.loaded,)

@@ -176,7 +176,6 @@ def test_programs_are_no_more_than_can_be_there_at_once():
   (dict(num_stages=3), "as many warpgroups and stages"),
   (dict(block_m=16), "one block_m"),
   (dict(split_k=4), "by more than 2"),
-  (dict(sum_zeros=True), "sum zeros"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_launched_is_refused(change, message):
   config = HopperConfig(block_m=8, warpgroups_n=4, block_k=128, num_stages=4)
