@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 _NO_TOP_K = np.iinfo(np.int32).max
+# An array, or what JAX has in its place where a program is lowered.
+_Setting = Array | np.ndarray | jax.stages.ArgInfo
 
 
 @jax.tree_util.register_dataclass
@@ -26,10 +28,10 @@ class SamplingArrays:
   decided on the device would send the answer to the host first.
   """
 
-  temperature: Float[Array | np.ndarray, "*B"]
-  top_k: Int[Array | np.ndarray, "*B"]
-  top_p: Float[Array | np.ndarray, "*B"]
-  repetition_penalty: Float[Array | np.ndarray, "*B"]
+  temperature: Float[_Setting, "*B"]
+  top_k: Int[_Setting, "*B"]
+  top_p: Float[_Setting, "*B"]
+  repetition_penalty: Float[_Setting, "*B"]
   cuts: bool = dataclasses.field(metadata={"static": True})
 
 

@@ -16,10 +16,15 @@ from jaxtyping import Array
 
 
 class Structure:
-  """All of a model but its weights; hashed by identity, because `split` gives equal models the same object."""
+  """All of a model but its weights; hashed by identity, because `split` gives equal models the same object.
+
+  Attributes:
+    compiled: of which shapes generation has compiled its programs ahead of their first call (`loop.compile_ahead`).
+  """
 
   def __init__(self, tree: Any):
     self._tree = tree
+    self.compiled: set[tuple] = set()
 
   def merge(self, weights: list[Array]) -> Any:
     """The model with these weights, which may be tracers."""

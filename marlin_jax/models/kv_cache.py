@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from marlin_jax.models.config import ModelConfig
 
+# An array, or what JAX has in its place where a program is lowered for shapes.
+_Buffer = Array | jax.ShapeDtypeStruct | jax.stages.ArgInfo
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +22,8 @@ class KVCache:
   How far each row is filled is the caller's knowledge: it passes `start` to `Decoder.hidden`.
   """
 
-  keys: tuple[Float[Array, "B S Hkv D"], ...]
-  values: tuple[Float[Array, "B S Hkv D"], ...]
+  keys: tuple[Float[_Buffer, "B S Hkv D"], ...]
+  values: tuple[Float[_Buffer, "B S Hkv D"], ...]
 
   @classmethod
   def empty(cls, config: ModelConfig, batch: int, length: int, dtype=jnp.bfloat16) -> "KVCache":

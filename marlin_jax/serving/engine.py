@@ -3,17 +3,20 @@
 
 All shapes are fixed by the ServingConfig. Which program fills a chunk of a prompt depends on where the chunk ends: it
 sees the slot up to the next power of two. Which decode program runs depends on what the slots ask for (greedy, drawing,
-drawing from a part of the vocabulary, the same with log-probabilities). `compile` runs each of them once, and after
-that nothing compiles.
+drawing from a part of the vocabulary, the same with log-probabilities). `compile` compiles and runs each of them once,
+and after that nothing compiles.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from marlin_jax.generation.compilation import compile_in_threads
 from marlin_jax.generation.loop import DecodeState
 from marlin_jax.generation.sampling import GREEDY, Sampling
 from marlin_jax.generation.weights import split
@@ -106,12 +109,19 @@ class Engine:
     self._slots = jax.device_put(Slots(state=state, settings=settings, eos=eos), device)
 
   def compile(self) -> None:
-    """Runs every program once, so that nothing is compiled later; the slots are free afterwards."""
-    for visible, width in self.config.fills:
-      self.fill(0, [0] * width, visible - width, last=True, sampling=GREEDY, eos_token_ids=())
+    """Compiles every program, and runs each once, so that nothing is compiled later; the slots are free afterwards."""
+
+    def calls() -> Iterator[partial]:
+      for visible, width in self.config.fills:
+        yield self._fill(0, [0] * width, visible - width, last=False, sampling=GREEDY, eos_token_ids=())
+      yield from map(self._decode, _PROGRAMS)
+
+    for future in compile_in_threads(call.func.lower(*call.args, **call.keywords) for call in calls()):
+      future.result()
+    for call in calls():
+      self._slots, *results = call()
+      jax.block_until_ready(results)
     self.free([0])
-    for needs in _PROGRAMS:
-      jax.block_until_ready(self.decode(needs))
     self.reset()
 
   @property
@@ -134,11 +144,20 @@ class Engine:
     Returns the first token of the continuation and its log-probabilities, which mean something if this was the last
     chunk; from then on the slot decodes.
     """
+    call = self._fill(slot, tokens, start, last=last, sampling=sampling, eos_token_ids=eos_token_ids)
+    self._slots, token, logprobs = call()
+    return token, logprobs
+
+  def _fill(
+    self, slot: int, tokens: list[int], start: int, *, last: bool, sampling: Sampling, eos_token_ids: tuple[int, ...]
+  ) -> partial:
+    """The call of the program that fills this chunk; the slots of this moment are among its arguments."""
     visible, width = next(fill for fill in self.config.fills if fill[0] >= start + len(tokens))
     padded, eos = np.zeros(width, np.int32), np.full(self.config.max_eos, -1, np.int32)
     padded[: len(tokens)], eos[: len(eos_token_ids)] = tokens, eos_token_ids
     settings = dataclasses.replace(sampling.arrays(), cuts=True)
-    self._slots, token, logprobs = programs.fill(
+    return partial(
+      programs.fill,
       self._structure,
       self._weights,
       self._slots,
@@ -153,18 +172,21 @@ class Engine:
       visible=visible,
       top=self.config.max_logprobs,
     )
-    return token, logprobs
 
   def decode(self, needs: Needs) -> tuple[Int32[Array, "B chunk"], Int32[Array, " B"], Logprobs | None]:
     """One chunk of steps of all slots: the tokens, how many of them each slot emitted, and their log-probabilities."""
+    self._slots, tokens, counts, logprobs = self._decode(needs)()
+    return tokens, counts, logprobs
+
+  def _decode(self, needs: Needs) -> partial:
+    """The call of the program that does all that is needed."""
     program = next(
       p for p in _PROGRAMS if all(getattr(p, f) >= getattr(needs, f) for f in ("draws", "cuts", "logprobs"))
     )
     top = self.config.max_logprobs if program.logprobs else 0
-    self._slots, tokens, counts, logprobs = programs.decode(
-      self._structure, self._weights, self._slots, needs=program, chunk=self.config.chunk, top=top
+    return partial(
+      programs.decode, self._structure, self._weights, self._slots, needs=program, chunk=self.config.chunk, top=top
     )
-    return tokens, counts, logprobs
 
   def free(self, slots: list[int]) -> None:
     """The slots decode no longer."""

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import itertools
 import re
+import threading
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from marlin_jax.generation import loop
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.generation.weights import split
+from marlin_jax.models.decoder import Decoder
+from marlin_jax.models.fuse import fuse
 from marlin_jax.quantization import quantize
 
 NEW = 12
@@ -44,16 +49,18 @@ def longhand(model, prompt, penalty=1.0):
   return tokens[len(prompt) :]
 
 
-def compile_count():
-  """Calls of XLA's compiler as JAX reports them, of any program, from now on."""
+@pytest.fixture
+def compiled():
+  """The thread of each call of XLA's compiler as JAX reports them, of any program."""
   events = []
 
   def listener(event, seconds, **_):
     if event == "/jax/core/compile/backend_compile_duration":
-      events.append(seconds)
+      events.append(threading.current_thread())
 
   jax.monitoring.register_event_duration_secs_listener(listener)
-  return events
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +93,14 @@ def test_one_new_token_needs_no_decoding(model, greedy):
 
 
 def test_the_next_chunk_is_begun_before_one_is_handed_out_and_none_too_many(model, greedy, monkeypatch):
-  begun = []
-  decode = loop.decode
-  monkeypatch.setattr(loop, "decode", lambda *args, **options: begun.append(None) or decode(*args, **options))
-  counts = [len(begun) for _ in generate_tokens(model, PROMPTS, max_new_tokens=NEW, chunk=4)]
+  begun = Mock(wraps=loop.decode)
+  monkeypatch.setattr(loop, "decode", begun)
+  counts = [begun.call_count for _ in generate_tokens(model, PROMPTS, max_new_tokens=NEW, chunk=4)]
   assert NEW == 12 and counts == [0, 2, 3, 3]
-  begun.clear()
+  begun.reset_mock()
   ends = [row[4] for row in greedy]
   assert len(list(generate_tokens(model, PROMPTS, max_new_tokens=NEW, eos_token_ids=ends, chunk=4))) == 2
-  assert len(begun) == 2  # all rows ended in the first, when the second was on its way
+  assert begun.call_count == 2  # all rows ended in the first, when the second was on its way
 
 
 def test_a_row_ends_with_its_first_eos_and_the_others_go_on(model, greedy):
@@ -172,23 +178,70 @@ def test_chunks_do_not_change_the_samples(model):
   assert continuations(model, PROMPTS, sampling=sampling, chunk=5) == continuations(model, PROMPTS, sampling=sampling)
 
 
-def test_nothing_compiles_for_a_new_prompt_or_new_settings_in_the_same_bucket(model):
+def test_nothing_compiles_for_a_new_prompt_or_new_settings_in_the_same_bucket(model, compiled):
   continuations(model, PROMPTS, eos_token_ids=[60])
   continuations(model, PROMPTS, sampling=Sampling(temperature=1.0))
-  compiled = compile_count()
-  try:
-    continuations(model, [[5] * 32, [6, 7], [8]], max_new_tokens=32, eos_token_ids=[59, 58])
-    continuations(model, [[9] * 17, [1], [2], [3]], max_new_tokens=1)
-    for sampling in (
-      Sampling(temperature=0.3, seed=5),
-      Sampling(temperature=2.0, top_k=3, top_p=0.4, repetition_penalty=1.5, seed=6),
-    ):
-      continuations(model, PROMPTS, max_new_tokens=9, sampling=sampling)
-    assert len(compiled) == 0
-    continuations(model, [[5] * 33, [1]], max_new_tokens=10)
-    assert len(compiled) == 2  # the control: a longer bucket is one more prefill and one more decode program
-  finally:
-    jax.monitoring.clear_event_listeners()
+  continuations(model, PROMPTS, sampling=Sampling(temperature=1.0, top_k=3))
+  compiled.clear()
+  continuations(model, [[5] * 32, [6, 7], [8]], max_new_tokens=32, eos_token_ids=[59, 58])
+  continuations(model, [[9] * 17, [1], [2], [3]], max_new_tokens=1)
+  for sampling in (
+    Sampling(temperature=0.3, seed=5),
+    Sampling(temperature=2.0, top_k=3, top_p=0.4, repetition_penalty=1.5, seed=6),
+  ):
+    continuations(model, PROMPTS, max_new_tokens=9, sampling=sampling)
+  assert len(compiled) == 0
+  continuations(model, [[5] * 33, [1]], max_new_tokens=10)
+  assert len(compiled) == 2  # the control: a longer bucket is one more prefill and one more decode program
+
+
+def new_model(model, rope_theta):
+  """One of which nothing is compiled: no two tests have the same `rope_theta`."""
+  config = dataclasses.replace(model.config, rope_theta=rope_theta)
+  return fuse(Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(5)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=9)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("placed", [False, True])
+def test_prefill_and_decode_are_compiled_once_each_ahead_of_their_calls(model, compiled, sampling, placed):
+  new = new_model(model, 2e4 + sampling.temperature + 2 * placed)
+  if placed:  # as `load_model(device=...)` has it: for jit, arrays of another kind
+    nnx.update(new, jax.device_put(nnx.state(new), jax.devices()[0]))
+  compiled.clear()
+  rows = continuations(new, PROMPTS, sampling=sampling)
+  assert len(compiled) == 2 and threading.current_thread() not in compiled  # where a call would have compiled
+  assert continuations(new, PROMPTS, sampling=sampling) == rows
+  assert len(compiled) == 2
+  if sampling.greedy:
+    assert rows == [longhand(new, prompt) for prompt in PROMPTS]
+
+
+def test_one_new_token_compiles_prefill_alone(model, compiled):
+  new = new_model(model, 3e4)
+  compiled.clear()
+  continuations(new, PROMPTS, max_new_tokens=1)
+  assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_what_the_compiler_raises_reaches_the_caller_and_the_next_call_begins_anew(model, monkeypatch, program):
+  new = new_model(model, {"prefill": 4e4, "decode": 5e4}[program])
+  compile_program = jax.stages.Lowered.compile
+
+  def fail(lowered):
+    if f"module @jit_{program} " in lowered.as_text():
+      raise RuntimeError(f"{program} does not fit")
+    return compile_program(lowered)
+
+  chunks = []
+  with monkeypatch.context() as patched:
+    patched.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(RuntimeError, match=f"{program} does not fit"):
+      chunks.extend(generate_tokens(new, PROMPTS, max_new_tokens=NEW, chunk=4))
+  assert len(chunks) == (program == "decode")  # the first token needs prefill alone
+  rows = continuations(new, PROMPTS)
+  assert [len(row) for row in rows] == [NEW] * len(PROMPTS)
+  assert not chunks or [row[:1] for row in rows] == chunks[0]
 
 
 def prefilled(model):
@@ -251,9 +304,7 @@ def largest_constant(program):
   return max((int(np.prod([int(dim) for dim in shape.split("x")])) for shape in constants), default=0)
 
 
-def test_weights_are_arguments_and_never_constants(monkeypatch, model):
-  # Lowering puts descriptions of arrays where the type checker of the tests expects arrays.
-  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_weights_are_arguments_and_never_constants(model):
   structure, weights, choice, arguments, state = prefilled(model)
   assert largest_constant(loop.prefill.lower(*arguments, cache_length=64)) < 100
   assert largest_constant(loop.decode.lower(structure, weights, state, choice, chunk=4)) < 100

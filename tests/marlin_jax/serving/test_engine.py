@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+import threading
 from functools import partial
 
 import jax
@@ -103,7 +104,17 @@ def test_what_is_compiled_is_all_that_prompts_need(model):
   other = Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
   engine = Engine(nnx.clone(other), dataclasses.replace(CONFIG, slots=2))
   before = programs.fill._cache_size()
+  compiling = []
+
+  def listener(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiling.append(threading.current_thread())
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
   engine.compile()
+  jax.monitoring.unregister_event_duration_listener(listener)
+  # Four fill prompts and four decode, in threads; what frees slots is compiled by its call.
+  assert len(compiling) == 9 and compiling.count(threading.current_thread()) == 1
   assert programs.fill._cache_size() - before == 4
   for end in range(1, CONTEXT):
     start = 0 if end <= 32 else end - 32
