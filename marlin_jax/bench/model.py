@@ -17,7 +17,7 @@ from marlin_jax.bench.profile import profile
 from marlin_jax.bench.shapes import abstract_model, nbytes, random_model
 from marlin_jax.bench.table import write_rows
 from marlin_jax.bench.timing import measure_ceilings
-from marlin_jax.generation.loop import Choice, DecodeState, compile_ahead, decode, prefill
+from marlin_jax.generation.programs import Choice, DecodeState, compile_ahead, decode, prefill
 from marlin_jax.generation.weights import split
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.decoder import Decoder

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from marlin_jax.generation.compilation import compile_in_threads
-from marlin_jax.generation.loop import DecodeState
+from marlin_jax.generation.programs import DecodeState
 from marlin_jax.generation.sampling import GREEDY, Sampling
 from marlin_jax.generation.weights import split
 from marlin_jax.models.decoder import Decoder

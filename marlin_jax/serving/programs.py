@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from marlin_jax.generation.loop import Choice, DecodeState, choose
+from marlin_jax.generation.programs import Choice, DecodeState, choose
 from marlin_jax.generation.sampling import SamplingArrays
 from marlin_jax.generation.weights import Structure
 
@@ -124,7 +124,7 @@ def decode(
   structure: Structure, weights: list[Array], slots: Slots, *, needs: Needs, chunk: int, top: int
 ) -> tuple[Slots, Int32[Array, "B chunk"], Int32[Array, " B"], Logprobs | None]:
   """`chunk` steps of all slots: the slots, the tokens, how many each emitted, and their log-probabilities if needed."""
-  # `generation.loop.decode` with log-probabilities; there is the reason for a loop of known length.
+  # `generation.programs.decode` with log-probabilities; there is the reason for a loop of known length.
   model = structure.merge(weights)
   rows = slots.state.token.shape[0]
   settings = dataclasses.replace(slots.settings, cuts=needs.cuts) if needs.draws else None

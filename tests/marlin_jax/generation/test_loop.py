@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from marlin_jax.generation import loop
+from marlin_jax.generation import loop, programs
 from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.generation.weights import split
@@ -87,13 +87,13 @@ def test_the_first_token_comes_alone_and_the_rest_in_chunks(model, greedy):
 
 
 def test_one_new_token_needs_no_decoding(model, greedy):
-  decoders = loop.decode._cache_size()
+  decoders = programs.decode._cache_size()
   assert continuations(model, PROMPTS, max_new_tokens=1, chunk=6) == [row[:1] for row in greedy]
-  assert loop.decode._cache_size() == decoders
+  assert programs.decode._cache_size() == decoders
 
 
 def test_the_next_chunk_is_begun_before_one_is_handed_out_and_none_too_many(model, greedy, monkeypatch):
-  begun = Mock(wraps=loop.decode)
+  begun = Mock(wraps=programs.decode)
   monkeypatch.setattr(loop, "decode", begun)
   counts = [begun.call_count for _ in generate_tokens(model, PROMPTS, max_new_tokens=NEW, chunk=4)]
   assert NEW == 12 and counts == [0, 2, 3, 3]
@@ -246,10 +246,10 @@ def test_what_the_compiler_raises_reaches_the_caller_and_the_next_call_begins_an
 
 def prefilled(model):
   structure, weights = split(model)
-  choice = loop.Choice(settings=Sampling(repetition_penalty=2).arrays(), eos=np.full(4, -1, np.int32))
+  choice = programs.Choice(settings=Sampling(repetition_penalty=2).arrays(), eos=np.full(4, -1, np.int32))
   tokens, lengths = np.ones((4, 32), np.int32), np.full(4, 3, np.int32)
   arguments = (structure, weights, tokens, lengths, np.uint32(0), choice)
-  return structure, weights, choice, arguments, loop.prefill(*arguments, cache_length=64)
+  return structure, weights, choice, arguments, programs.prefill(*arguments, cache_length=64)
 
 
 def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(model):
@@ -257,7 +257,7 @@ def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(mod
   tokens = np.zeros((4, 32), np.int32)
   tokens[0, :3], tokens[1, :2], tokens[2, :5] = [5, 9, 5], [0, 7], [1, 2, 3, 4, 60]
   lengths = np.array([3, 2, 5, 0], np.int32)  # the last row pads the batch
-  state = loop.prefill(structure, weights, tokens, lengths, np.uint32(0), choice, cache_length=64)
+  state = programs.prefill(structure, weights, tokens, lengths, np.uint32(0), choice, cache_length=64)
   for row, prompt in enumerate([{5, 9}, {0, 7}, {1, 2, 3, 4, 60}]):
     assert set(np.flatnonzero(state.seen[row])) == prompt | {int(state.token[row])}
   np.testing.assert_array_equal(state.position[:3], lengths[:3])
@@ -266,7 +266,7 @@ def test_prefill_marks_the_prompt_and_the_first_token_as_seen_but_no_padding(mod
 
 def test_prefill_attends_to_the_prompts_and_not_to_the_room_after_them(model):
   structure, weights, _, (_, _, *arguments), _ = prefilled(model)
-  program = str(jax.make_jaxpr(partial(loop.prefill, structure, cache_length=77))(weights, *arguments))
+  program = str(jax.make_jaxpr(partial(programs.prefill, structure, cache_length=77))(weights, *arguments))
   shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", program)}
   assert (4, 1, 2, 32, 32) in shapes  # the scores
   assert {shape for shape in shapes if 77 in shape} == {(4, 77, 1, 16)}  # the cache
@@ -276,7 +276,7 @@ def test_a_row_that_is_done_emits_nothing_more(model):
   structure, weights, choice, _, state = prefilled(model)
   positions = np.asarray(state.position)
   done = state._replace(done=jnp.array([True, False, True, False]))
-  after, tokens, counts = loop.decode(structure, weights, done, choice, chunk=4)
+  after, tokens, counts = programs.decode(structure, weights, done, choice, chunk=4)
   np.testing.assert_array_equal(counts, [0, 4, 0, 4])
   np.testing.assert_array_equal(after.position, positions + 4)
   np.testing.assert_array_equal(after.token, tokens[:, -1])
@@ -285,15 +285,15 @@ def test_a_row_that_is_done_emits_nothing_more(model):
 def test_greedy_without_a_penalty_keeps_no_account_of_the_tokens(model):
   structure, weights, choice, arguments, _ = prefilled(model)
   greedy = choice._replace(settings=None)
-  state = loop.prefill(*arguments[:-1], greedy, cache_length=64)
+  state = programs.prefill(*arguments[:-1], greedy, cache_length=64)
   assert state.seen is None
-  after, _, _ = loop.decode(structure, weights, state, greedy, chunk=4)
+  after, _, _ = programs.decode(structure, weights, state, greedy, chunk=4)
   assert after.seen is None
 
 
 def test_the_state_is_donated_and_the_weights_are_not(model):
   structure, weights, choice, _, state = prefilled(model)
-  after, _, _ = loop.decode(structure, weights, state, choice, chunk=4)
+  after, _, _ = programs.decode(structure, weights, state, choice, chunk=4)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, weights)))
 
@@ -306,8 +306,8 @@ def largest_constant(program):
 
 def test_weights_are_arguments_and_never_constants(model):
   structure, weights, choice, arguments, state = prefilled(model)
-  assert largest_constant(loop.prefill.lower(*arguments, cache_length=64)) < 100
-  assert largest_constant(loop.decode.lower(structure, weights, state, choice, chunk=4)) < 100
+  assert largest_constant(programs.prefill.lower(*arguments, cache_length=64)) < 100
+  assert largest_constant(programs.decode.lower(structure, weights, state, choice, chunk=4)) < 100
   closed_over = jax.jit(lambda tokens: model(tokens)).lower(jnp.ones((1, 4), jnp.int32))
   assert largest_constant(closed_over) >= 61 * 32  # the control: the embedding
 
