@@ -117,8 +117,8 @@ def after_attention_hopper(
 def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float, float]):
   """The blocks that one program computes, of each product one, none or several, in order.
 
-  copying warpgroup       of each block: weights, as the stages of the block before are read, until there are no more;
-                            wait until what it reads is written; the rest
+  copying warpgroup       of each block: a few stages of weights, as those of the block before are read; wait until what
+                            it reads is written; the rest
   computing warpgroups    compute the block, publish what it wrote
   """
   gmem = dict(zip(names, refs[: len(names)], strict=True))

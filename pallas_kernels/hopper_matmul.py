@@ -62,7 +62,7 @@ def matmul_hopper(
   Args:
     x: bfloat16 or float16; M at least 1.
     qweight: packed codes of 4 or 8 bits (layout.py), or the kept ones (layout24.py).
-    scales: G = K / group_size rows, G = 1 for one group per column.
+    scales: G = K / group_size rows, G = 1 for one group per column. Where config scales weights, less than 2**34.
     zeros: zero points, like scales, rounded to x's dtype; None is the middle code.
     meta: positions of kept codes (layout24.py); None of a dense weight.
     bias: added in float32, before rounding.

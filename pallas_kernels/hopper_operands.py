@@ -61,7 +61,7 @@ def rings(products: Sequence[dict[str, Any]]) -> dict[str, plgpu.RefUnion]:
 
   A stage of a weight begins where that of every other product does, so that it may be copied while others are still
   read: it is one of [stages, times, ...], of which only the first of `times` is used. All sizes are the same but for
-  powers of two.
+  powers of two, and each member of a union is one array, which begins where the union does.
 
   Args:
     products: `ring` of each.
