@@ -9,7 +9,7 @@ from pallas_kernels.hopper_reduce import PITCH
 from pallas_kernels.problem import MatmulProblem
 
 FEW_REGISTERS = 32  # of a thread that does not compute
-_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96, 6: 80}  # per thread, by warpgroups of a program
+_LAUNCH_REGISTERS = {2: 256, 3: 168, 4: 128, 5: 96}  # per thread, by warpgroups of a program
 _MANY_ROWS = 128
 _BARRIER_BYTES = 2048
 _ALIGNMENT = 1024  # bytes that the smallest array in shared memory takes
@@ -212,9 +212,8 @@ class ChainConfig:
         return f"{problem} has more than {most} blocks of columns"
       if reason := c.unfit_reason(problem):
         return reason
-      parts.append(c.stage_parts(problem))
-    for part, c, problem in zip(parts, self.products, problems, strict=True):
-      part["groups"] = c.groups_per_stage(problem) * c.block_n * 2 * (1 + problem.zeros)  # of 16 bits
+      groups = c.groups_per_stage(problem) * c.block_n * 2 * (1 + problem.zeros)  # of 16 bits
+      parts.append(c.stage_parts(problem) | dict(groups=groups))
     largest = {name: max(part[name] for part in parts) for name in parts[0]}
     size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products)
     size += _BARRIER_BYTES + 4 * _ALIGNMENT  # two products have factors of rows, in two arrays each

@@ -47,7 +47,7 @@ def thread_of_warpgroup():
   return arith.remui(mgpu.utils.thread_idx(), constant(128))
 
 
-# What decoded weights are multiplied by, until sums are multiplied by 1 / DECODED; and weights that are scaled, too.
+# What a fragment is multiplied by, until its sums are divided by it; and one whose weights are scaled.
 DECODED = {jnp.dtype(jnp.bfloat16): 2.0**-6, jnp.dtype(jnp.float16): 1.0}
 DECODED_SCALED = 2.0**-40
 
@@ -72,11 +72,13 @@ def _decode_asm(dtype, linear: tuple[str, ...]) -> str:
     fma.rn.{kind} $2, $2, f0, o0; fma.rn.{kind} $3, $3, f1, o1; }}"""
 
 
-# (factor, offset) for nibbles in bits 0 to 3 and for those in bits 4 to 7, with which they become nibble * DECODED.
-_OF_BITS = {
+# (factor, offset) for nibbles in bits 0 to 3 and for those in bits 4 to 7, with which they become nibble * DECODED; and
+# in bfloat16, of a scale each, (nibble - 8) * scale * DECODED_SCALED.
+OF_BITS = {
   jnp.dtype(jnp.bfloat16): ((2.0**127, 0.0), (2.0**123, 0.0)),
   jnp.dtype(jnp.float16): ((1.0, -1024.0), (1 / 16, -64.0)),
 }
+OF_BITS_SCALED = (2.0**93, -(2.0**-37)), (2.0**89, -(2.0**-37))
 
 
 def pair_literal(value: int | float, dtype) -> str:
@@ -97,7 +99,7 @@ def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
     zero: the code that is to be zero, 0 or the middle one.
     zeros: shared memory of a zero point for each of 64 columns, a fraction perhaps: the difference is rounded once. Of
       codes of 4 bits in bfloat16 whose `zero` is 0; beside float16's 1024 there is no room for a fraction.
-    scales: shared memory of a scale for each of 64 columns, of codes of 4 bits in bfloat16.
+    scales: shared memory of a scale for each of 64 columns, of codes of 4 bits in bfloat16 without zeros.
   """
   more = [ref for ref in (zeros, scales) if ref is not None]
 
@@ -118,13 +120,12 @@ def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
       """What `_decode_asm` takes from registers; a thread has two columns, one's nibbles in bits 0 to 3."""
       values = fa.FragmentedArray.load_untiled(refs[-1], layout=fa.WGMMA_LAYOUT.reduce((1,)), optimized=False)
       operands = []
-      for value, (factor, _) in zip(values.astype(element).registers.flat, _OF_BITS[dtype], strict=True):
+      for i, value in enumerate(values.astype(element).registers.flat):
         value = vector.extract(value, [], [0])
         if scales is not None:
-          parts = factor / DECODED[dtype] * DECODED_SCALED, -zero * DECODED_SCALED
-          operands += [arith.mulf(value, number(part)) for part in parts]
+          operands += [arith.mulf(value, number(part)) for part in OF_BITS_SCALED[i]]
         else:
-          operands += [number(factor), arith.mulf(value, number(-DECODED[dtype]))]
+          operands += [number(OF_BITS[dtype][i][0]), arith.mulf(value, number(-DECODED[dtype]))]
       return [mgpu.utils.bitcast(vector.broadcast(pair, operand), i32) for operand in operands]
 
     def nibbles(words_ref, zero):
@@ -134,7 +135,7 @@ def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
         of_columns, names = linear(), tuple(f"${i}" for i in range(5, 9))
       else:
         of_columns, names = [], ()
-        for factor, offset in _OF_BITS[dtype]:
+        for factor, offset in OF_BITS[dtype]:
           names += pair_literal(factor, dtype), pair_literal(offset - zero * DECODED[dtype], dtype)
       text, constraints = _decode_asm(dtype, names), "=&r,=&r,=&r,=&r,r" + ",r" * len(of_columns)
       words = [vector.extract(vec, [], [j]) for j in range(4)]

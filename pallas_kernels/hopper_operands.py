@@ -64,16 +64,15 @@ def rings(products: Sequence[dict[str, Any]]) -> dict[str, plgpu.RefUnion]:
   powers of two, and each member of a union is one array, which begins where the union does.
 
   Args:
-    products: `ring` of each.
+    products: `ring` of each, of weights of one kind.
   """
-  unions = {"x": plgpu.RefUnion(*(stages["x"] for stages in products))}  # there when the product before is done
-  for name in ("words", "scales", "zeros", "meta"):
-    members = [stages[name] for stages in products if name in stages]
-    if members:
+  unions = {}
+  for name in products[0]:
+    members = [stages[name] for stages in products]
+    if name != "x":  # which is there when the product before is done
       most = max(map(_stage_bytes, members))
-      unions[name] = plgpu.RefUnion(
-        *(SMEM((m.shape[0], most // _stage_bytes(m), *m.shape[1:]), m.dtype) for m in members)
-      )
+      members = [SMEM((m.shape[0], most // _stage_bytes(m), *m.shape[1:]), m.dtype) for m in members]
+    unions[name] = plgpu.RefUnion(*members)
   return unions
 
 

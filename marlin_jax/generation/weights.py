@@ -19,7 +19,7 @@ class Structure:
   """All of a model but its weights; hashed by identity, because `split` gives equal models the same object.
 
   Attributes:
-    compiled: of which shapes generation has compiled its programs ahead of their first call (`loop.compile_ahead`).
+    compiled: of which shapes generation has compiled its programs ahead of their first call (`programs.compile_ahead`).
   """
 
   def __init__(self, tree: Any):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper_fragments import _OF_BITS, DECODED, DECODED_SCALED, _decode_asm
+from pallas_kernels.hopper_fragments import DECODED, DECODED_SCALED, OF_BITS, OF_BITS_SCALED, _decode_asm
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 DTYPES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -36,7 +36,7 @@ def halves_of_all_codes():
 def test_a_nibble_becomes_itself_less_its_zero_point_exactly(dtype):
   words = halves_of_all_codes()
   for place, values in enumerate(masked(words, dtype)):
-    factor, offset = _OF_BITS[dtype][place % 2]
+    factor, offset = OF_BITS[dtype][place % 2]
     codes = words >> 4 * place & 15
     assert np.array_equal(values.astype(np.float64) * factor + offset, codes * DECODED[dtype])
     for zero in (0, 8, 15):
@@ -47,13 +47,12 @@ def test_a_nibble_becomes_itself_less_its_zero_point_exactly(dtype):
 
 
 def test_with_its_scale_it_is_rounded_once(rng):
-  """bits * (s * a) + s * b with a and b powers of two: exact operands, one rounding of (code - 8) * s."""
+  """bits * (s * factor) + s * offset of exact operands is (code - 8) * s, which the instruction rounds once."""
   scales = np.concatenate([rng.uniform(0.001, 0.1, 50), 2.0 ** rng.integers(-60, 33, 50)]).astype(BF16)
   for place, values in enumerate(masked(np.arange(16, dtype=np.uint32) * 0x1111, BF16)):
-    factor, _ = _OF_BITS[BF16][place % 2]
     for scale in scales:
-      a, b = factor / DECODED[BF16] * DECODED_SCALED, -8 * DECODED_SCALED
-      operands = [scale * np.asarray(part, BF16) for part in (a, b)]
-      assert [Fraction(float(o)) for o in operands] == [Fraction(float(scale)) * Fraction(part) for part in (a, b)]
+      operands = [scale * np.asarray(part, BF16) for part in OF_BITS_SCALED[place % 2]]
+      parts = [Fraction(float(scale)) * Fraction(part) for part in OF_BITS_SCALED[place % 2]]
+      assert [Fraction(float(operand)) for operand in operands] == parts
       exact = [Fraction(float(v)) * Fraction(float(operands[0])) + Fraction(float(operands[1])) for v in values]
       assert exact == [(code - 8) * Fraction(float(scale)) * Fraction(DECODED_SCALED) for code in range(16)]
