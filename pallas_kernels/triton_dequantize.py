@@ -170,7 +170,8 @@ def matmul_dequantize(
   """
   how = dict(k=x.shape[1], dtype=x.dtype, config=config, interpret=interpret)
   w = dequantize_triton(qweight, scales, zeros, meta, **how)
-  # Without a bias in x's dtype at once, as any product of XLA: 2423 instead of 2611 us at M=4096 of 8192 x 28672.
-  dtype = x.dtype if bias is None else jnp.float32
+  # Without a bias in x's dtype at once, as any product of XLA: 2423 instead of 2611 us at M=4096 of 8192 x 28672. But
+  # of a single row XLA on a GPU may make a multiplication and a sum, each rounded to the product's dtype.
+  dtype = x.dtype if bias is None and x.shape[0] > 1 else jnp.float32
   y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-  return y if bias is None else (y + bias.astype(jnp.float32)).astype(x.dtype)
+  return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

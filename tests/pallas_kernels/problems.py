@@ -62,20 +62,25 @@ def expected(x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.float64) -
   return np.asarray(x, np.float64) @ _weight(codes, scales, zeros, bits, weight_dtype)
 
 
-def _weight(codes, scales, zeros, bits, dtype) -> np.ndarray:
+def _weight(codes, scales, zeros, bits, dtype, step_dtype=np.float32) -> np.ndarray:
   k, n = codes.shape
-  zeros = np.full(scales.shape, 2.0 ** (bits - 1)) if zeros is None else np.asarray(zeros, np.float64)
-  steps = np.asarray(codes, np.float64).reshape(scales.shape[0], -1, n) - zeros[:, None]
-  return (steps * np.asarray(scales, np.float64)[:, None]).reshape(k, n).astype(dtype).astype(np.float64)
+  zeros = np.full(scales.shape, 2.0 ** (bits - 1)) if zeros is None else np.asarray(zeros, np.float32)
+  steps = np.asarray(codes, np.float32).reshape(scales.shape[0], -1, n) - zeros[:, None]
+  w = steps.astype(step_dtype).astype(np.float64) * np.asarray(scales, np.float64)[:, None]
+  return w.reshape(k, n).astype(dtype).astype(np.float64)
 
 
-def assert_close(y, x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.float64):
+def assert_close(y, x, codes, scales, zeros=None, bits=4, *, weight_dtype=np.float64, step_dtype=np.float32):
   """Worst row and worst column, in the 2-norm, are within what rounding y once and summing in float32 explain.
 
   Rounding to nearest in bfloat16 (fp16) is off by at most 2^-8 (2^-11) of a value, by about 0.4 of that in the mean
   square. Summing is off by some 2^-20 of the sum of all terms' sizes, which counts where terms cancel.
+
+  Args:
+    weight_dtype: of the weights as the implementation rounds them.
+    step_dtype: of code - zero, which kernels round to x's dtype: exact unless zero points are fractions.
   """
-  x, w = np.asarray(x, np.float64), _weight(codes, scales, zeros, bits, weight_dtype)
+  x, w = np.asarray(x, np.float64), _weight(codes, scales, zeros, bits, weight_dtype, step_dtype)
   want, terms = x @ w, np.abs(x) @ np.abs(w)
   error = np.asarray(y, np.float64) - want
   rounding = 2.0 ** (-8 if y.dtype == jnp.bfloat16 else -11)
