@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layout, layout24, triton_matmul
-from pallas_kernels.hopper_config import ChainConfig, HopperConfig, helpers
+from pallas_kernels.hopper_config import ChainConfig, HopperConfig
 from pallas_kernels.problem import MatmulProblem
 from pallas_kernels.triton_dequantize import DequantizeConfig
 from pallas_kernels.triton_matmul import TritonConfig
@@ -20,7 +20,6 @@ _SHORTEST_RUN = 512  # k that a program should have at the least when K is split
 _DEQUANTIZE_FROM = 512
 _DEQUANTIZE_FROM_SPARSE24 = 256
 _MOST_CHAINED_ROWS = 16
-_HANDING_OVER = 9  # tiles that a warpgroup multiplies in the time that a tail takes besides
 
 
 def ranked(problem: MatmulProblem, able: list[str]) -> list[str]:
@@ -168,10 +167,9 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us. Programs that have no block of a product sum
-  tails of the others' where that pays.
+  counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us.
   """
-  clusters, products, tails, programs = num_sms // 2, [], [], 0
+  clusters, products, programs = num_sms // 2, [], 0
   if problems[0].m > _MOST_CHAINED_ROWS:
     return f"{problems[0].m} rows are too many, one launch takes {_MOST_CHAINED_ROWS}"
   for i, problem in enumerate(problems):
@@ -191,33 +189,15 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
     best = min(tiles, key=tiles.get)
     config = _hopper_config(problem, *best)
     products.append(config)
-    blocks = -(-problem.n // config.block_n)
-    alone = i > 0 and config.split_k == 1 and config.reduces and 2 * clusters > blocks
-    tail, more = _tail(config, problem, blocks, 2 * clusters - blocks) if alone else (0, 0)
-    tails.append(tail)
     # No more programs than have work: fewer to wait for.
-    programs = max(programs, -(-blocks // turns[best]) * config.split_k + more)
+    programs = max(programs, -(-problem.n // config.block_n // turns[best]) * config.split_k)
   reason = ""
   for stages in range(min(c.num_stages for c in products), 1, -1):  # each product takes over those of the one before
     like = tuple(dataclasses.replace(c, num_stages=stages) for c in products)
-    config = ChainConfig(products=like, clusters=-(-programs // 2), tails=tuple(tails))
+    config = ChainConfig(products=like, clusters=-(-programs // 2))
     if not (reason := config.unfit_reason(problems)):
       return config
   return reason
-
-
-def _tail(config: HopperConfig, problem: MatmulProblem, blocks: int, spare: int) -> tuple[int, int]:
-  """(steps, programs): the tail of each block, and how many programs sum them; (0, 0) if it is not worth it.
-
-  A program that has `each` tails is to be done when one that has a block is. To begin a tail and to hand it over takes
-  2 us. Whole turns of the ring, for loops without remainder, and two of them at the least: one turn made a layer of
-  Llama-2-13B 1 to 2 us slower.
-  """
-  helping, stages = helpers(blocks, spare), config.num_stages
-  each, steps = -(-blocks // helping), -(-problem.k // config.block_k)
-  handing_over = _HANDING_OVER * problem.tile_k * config.warpgroups_k / config.block_k
-  tail = (steps - each * handing_over) / (each + 1)
-  return (round(tail / stages) * stages, helping) if tail >= 2 * stages else (0, 0)
 
 
 # implementation -> (problem, multiprocessors) -> config

@@ -17,7 +17,6 @@ from pallas_kernels import hopper_grid, layout
 from pallas_kernels.hopper_config import FEW_REGISTERS, ChainConfig
 from pallas_kernels.hopper_operands import emptied, pad, ring, rings, rows_of_x, scratch, weight_operands, y_smem
 from pallas_kernels.hopper_program import Block, compute, copy, wait_for_cluster
-from pallas_kernels.hopper_reduce import PITCH
 from pallas_kernels.problem import MatmulProblem
 
 Weight = tuple[Array, Array, Array | None, Array | None]  # qweight, scales, zeros, meta
@@ -81,26 +80,22 @@ def after_attention_hopper(
     gmem["bias"] = pad(bias[None], 1, config.products[_READER].block_n)[0]
   for i, weight in enumerate(weights):
     gmem |= {f"{name}_{i}": array for name, array in weight_operands(*weight, dtype).items()}
-  gmem["counts"] = hopper_grid.counts(len(products) + sum(_blocks_with_tails(config, problems)))
+  gmem["counts"] = hopper_grid.counts(len(products))
   outputs = {}
-  for i, (c, problem) in enumerate(products):
+  for i, problem in enumerate(problems):
     columns = problem.n // 2 if i == _GATE_UP else problem.n
     outputs[f"y_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
     if i in _ADD_TO_RESIDUAL:
       outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
       outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
-    if config.tails[i]:
-      tiles = config.blocks(i, problem) * c.warpgroups_n
-      outputs[f"tails_{i}"] = jax.ShapeDtypeStruct((tiles, c.block_m, PITCH[4]), jnp.float32)
   stages = rings([ring(*product, scales.dtype) for product, (_, scales, *_) in zip(products, weights, strict=True)])
-  tails = [tail > 0 for tail in config.tails]
-  of_products = [scratch(*p, normalized=i in _READ_NORMED, tail=tails[i]) for i, p in enumerate(products)]
+  of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
   results = plgpu.kernel(
     functools.partial(_program, names=(*gmem, *outputs), config=config, problems=problems, epsilons=epsilons),
     out_type=tuple(outputs.values()),
     scratch_types=[
       stages,
-      plgpu.RefUnion(*(y_smem(*product, tail=tail) for product, tail in zip(products, tails, strict=True))),
+      plgpu.RefUnion(*(y_smem(*product) for product in products)),
       of_products,
       emptied(config.products[0]),
     ],
@@ -119,19 +114,12 @@ def after_attention_hopper(
   return y[f"y_{_DOWN}"][:m], y[f"scaled_{_DOWN}"][:m], y[f"squares_{_DOWN}"][:, :m], y[f"y_{_READER}"][:m]
 
 
-def _blocks_with_tails(config: ChainConfig, problems) -> list[int]:
-  """Of each product, how many blocks have a tail and so a count of their own."""
-  return [config.blocks(i, problem) if config.tails[i] else 0 for i, problem in enumerate(problems)]
-
-
 def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float, float]):
   """The blocks that one program computes, of each product one, none or several, in order.
 
   copying warpgroup       of each block: a few stages of weights, as those of the block before are read; wait until what
-                            it reads is written; the rest; of one with a tail, wait until that is summed, and its sums
+                            it reads is written; the rest
   computing warpgroups    compute the block, publish what it wrote
-
-  A program that has no block of a product with tails has tails of others' blocks instead.
   """
   gmem = dict(zip(names, refs[: len(names)], strict=True))
   stages, sums, scratches, empty = refs[len(names) :]
@@ -149,39 +137,25 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
     reads |= dict(x=gmem[x], residual=gmem[residual], norm=gmem[f"norm_{i}"])
     return reads, tuple(gmem[f"{name}_{i}"] for name in ("y", "scaled", "squares"))
 
-  # Of each product the first of this program, how many there are, and which is its next; then the same of tails.
-  blocks, tails = [], []
-  with_tails = _blocks_with_tails(config, problems)
+  blocks = []  # the first of this program, and all that there are
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
     n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
     of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
     smem = {name: members[i] if name == "x" else members[i].at[:, 0] for name, members in stages.items()}
     of_program = dict(smem=smem, y_smem=sums[i], scratch=scratches[i] | dict(empty=empty), n=n, m=0, k=k)
-    block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1], tail=config.tails[i])
-    count, of_tails = config.blocks(i, problem), None
-    turns = -(-count // (2 * config.clusters // c.split_k))
-    if block.tail:
-      summed = {name: ref for name, ref in reads.items() if name not in ("residual", "norm", "bias")}
-      of_tails = dict(gated=False, gmem=summed, outputs=(gmem[f"tails_{i}"],), n=n - count, is_tail=True)
-      of_tails = dataclasses.replace(block, **of_tails), count, config.helpers(i, problem)
-      block = dataclasses.replace(block, gmem=reads | dict(tails=gmem[f"tails_{i}"]))
-    # Programs with two blocks all have two: 34 instead of 36 us for 216 blocks by 108 programs of 120, and not by all.
-    blocks.append((block, count, -(-count // turns)))
-    tails.append(of_tails)
+    block = Block(**of_product, **of_program, epsilon=epsilons[0 if i == _GATE_UP else 1])
+    blocks.append((block, config.blocks(i, problem)))
 
-  def each(of_program: tuple[Block, int, int], do: Callable[[Block], None]):
-    """Of the blocks or tails of a product that this program has, if it has any."""
-    block, count, apart = of_program
-    if count <= apart:
-      pl.when((block.n >= 0) & (block.n < count))(lambda: do(block))
+  def each(i: int, do: Callable[[Block], None]):
+    """Of those of product i that this program has."""
+    block, count = blocks[i]
+    programs = 2 * config.clusters // block.config.split_k
+    if count <= programs:
+      pl.when(block.n < count)(lambda: do(block))
     else:
-      turns = jnp.where((block.n >= 0) & (block.n < apart), lax.div(count - block.n + apart - 1, apart), 0)
-      pl.loop(0, turns)(lambda turn: do(dataclasses.replace(block, n=block.n + turn * apart)))
-
-  def count_of_tail(i: int, n):
-    """The index of the count of the tail of block n."""
-    return len(problems) + sum(with_tails[:i]) + n
+      turns = lax.div(count - block.n + programs - 1, programs)
+      pl.loop(0, turns)(lambda turn: do(dataclasses.replace(block, n=block.n + turn * programs)))
 
   @pl.when(wg == compute_warpgroups)
   def _():
@@ -192,15 +166,9 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
         programs = config.blocks(i - 1, problems[i - 1]) * config.products[i - 1].split_k
         hopper_grid.wait_for(counts, i - 1, programs * compute_warpgroups)
 
-      def wait_for_tail(n, i=i):
-        hopper_grid.wait_for(counts, count_of_tail(i, n), compute_warpgroups)
+      each(i, functools.partial(copy, wait_for_x=wait_for_x if i else None))
 
-      waits = dict(wait_for_x=wait_for_x if i else None, wait_for_tail=wait_for_tail)
-      each(blocks[i], functools.partial(copy, **waits))
-      if tails[i]:
-        each(tails[i], functools.partial(copy, **waits))
-
-    hopper_grid.leave(counts, 2 * config.clusters)
+    hopper_grid.leave(counts, len(blocks), 2 * config.clusters)
 
   @pl.when(wg < compute_warpgroups)
   def _():
@@ -213,15 +181,9 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
           hopper_grid.publish(counts, i)
         wait_for_cluster(block, wg)
 
-      def compute_tail(block, i=i):
-        compute(block, wg)
-        hopper_grid.publish(counts, count_of_tail(i, block.n))
-
-      each(blocks[i], compute_and_publish)
-      if tails[i]:
-        each(tails[i], compute_tail)
+      each(i, compute_and_publish)
       if i == 0:  # what follows waits for every stage to be read, those that nothing was copied to as well
-        block, count, _ = blocks[0]
+        block, count = blocks[0]
 
         @pl.loop(jnp.where(block.n < count, block.run_of_steps()[1], 0), block.config.num_stages)
         def _(stage):

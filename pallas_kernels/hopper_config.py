@@ -172,13 +172,10 @@ class ChainConfig:
   Attributes:
     products: a config each, of as many warpgroups, in clusters of two programs or without.
     clusters: of two programs; all of them must be on the card at once.
-    tails: of each product, how many steps at the end of every block's K are summed by programs that have no block of
-      it; 0 if they rest. 80 blocks of 5120 columns leave 52 of 132 multiprocessors idle.
   """
 
   products: tuple[HopperConfig, ...]
   clusters: int
-  tails: tuple[int, ...]
 
   def __post_init__(self):
     first = self.products[0]
@@ -189,8 +186,6 @@ class ChainConfig:
         raise ValueError(f"{c} must not split K by more than 2, and have less than {_MANY_ROWS} rows")
     if self.clusters < 1:
       raise ValueError(f"clusters={self.clusters} must be at least 1")
-    if len(self.tails) != len(self.products) or min(self.tails) < 0:
-      raise ValueError(f"tails={self.tails} must be {len(self.products)} numbers of steps")
 
   def blocks(self, i: int, problem: MatmulProblem) -> int:
     """Of columns that product i has; a program, or a cluster where K is split, has one of them or none, or several in
@@ -198,30 +193,12 @@ class ChainConfig:
     """
     return -(-problem.n // self.products[i].block_n)
 
-  def helpers(self, i: int, problem: MatmulProblem) -> int:
-    """Programs that sum the tails of product i, which has a tail; each has as many of them, some perhaps one less."""
-    blocks = self.blocks(i, problem)
-    return helpers(blocks, 2 * self.clusters - blocks)
-
   def takes_turns(self, i: int, problem: MatmulProblem) -> bool:
     """Whether a program may have several blocks of product i: what one leaves in shared memory, the sums of a warpgroup
     and factors of rows, must have been read when the next one is as far.
     """
     c, steps = self.products[i], -(-problem.k // self.products[i].block_k)
     return 0 < i < len(self.products) - 1 and not c.reduces and steps > c.num_stages
-
-  def _tail_reason(self, i: int, problem: MatmulProblem) -> str | None:
-    """Why the tail of product i cannot be as it is; None if it can."""
-    c, blocks, tail = self.products[i], self.blocks(i, problem), self.tails[i]
-    if i == 0:  # after it every stage counts as read, by programs that have a block of it and by those that have none
-      return f"tails={self.tails} must be 0 of the first product"
-    if c.split_k > 1 or not c.reduces:
-      return f"tails={self.tails} of {c}, which must share K among the warpgroups of a program alone"
-    if blocks >= 2 * self.clusters:
-      return f"{blocks} blocks of {problem} leave no program for tails={self.tails}"
-    if tail <= c.num_stages or -(-problem.k // c.block_k) - tail <= c.num_stages:
-      return f"tails={self.tails} must be of more than {c.num_stages} steps, and leave more, of {problem}"
-    return None
 
   def unfit_reason(self, problems: tuple[MatmulProblem, ...]) -> str | None:
     """Why the kernel cannot compute `problems` with this config; None if it can."""
@@ -233,22 +210,13 @@ class ChainConfig:
         return f"{problem} has more than block_m={c.block_m} rows"
       if self.blocks(i, problem) > (most := self.clusters * 2 // c.split_k) and not self.takes_turns(i, problem):
         return f"{problem} has more than {most} blocks of columns"
-      if reason := c.unfit_reason(problem) or (self._tail_reason(i, problem) if self.tails[i] else None):
+      if reason := c.unfit_reason(problem):
         return reason
       groups = c.groups_per_stage(problem) * c.block_n * 2 * (1 + problem.zeros)  # of 16 bits
       parts.append(c.stage_parts(problem) | dict(groups=groups))
     largest = {name: max(part[name] for part in parts) for name in parts[0]}
-    sums = [
-      c.y_bytes // c.compute_warpgroups * (c.compute_warpgroups + (c.warpgroups_n if tail else 0))
-      for c, tail in zip(self.products, self.tails, strict=True)
-    ]
-    size = self.products[0].num_stages * sum(largest.values()) + max(sums)
+    size = self.products[0].num_stages * sum(largest.values()) + max(c.y_bytes for c in self.products)
     size += _BARRIER_BYTES + 4 * _ALIGNMENT  # two products have factors of rows, in two arrays each
     if size > H200.shared_memory:
       return f"{self} takes {size} bytes of shared memory, of {H200.shared_memory}"
     return None
-
-
-def helpers(blocks: int, spare: int) -> int:
-  """Of `spare` programs, how many sum tails of `blocks` blocks if each that does has as many."""
-  return -(-blocks // -(-blocks // spare))

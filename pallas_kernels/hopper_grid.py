@@ -3,7 +3,6 @@
 
     computing warpgroups    publish: y is written, count[product] += 1
     copying warpgroup       wait_for: until count[product] is what all of them make together; then TMA may read y
-    both, of a tail         the same, with a count for each block that another program sums a part of
     copying warpgroup       leave: the last one of all programs makes every count 0 again
 
 A launch finds zeros and leaves zeros, so the counts may be a constant of the compiled program, which nothing has to
@@ -20,74 +19,65 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper_fragments import asm_void, constant, thread_of_warpgroup
+from pallas_kernels.hopper_fragments import asm_void, thread_of_warpgroup
 
 
-def counts(length: int) -> np.ndarray:
-  """int32: so many counts and, before them, one of the programs that left, all 0.
+def counts(products: int) -> np.ndarray:
+  """int32: one count a product and one of the programs that left, all 0.
 
   And a 1, so that XLA does not take it for something to fill anew before every launch.
   """
-  return np.array([0] * (length + 1) + [1], np.int32)
+  return np.array([0] * (products + 1) + [1], np.int32)
 
 
-def publish(counts_gmem, index):
-  """A warpgroup has written its part of what is counted there; an int32 scalar."""
+def publish(counts_gmem, product: int):
+  """A warpgroup has written its part of the y of a product."""
   # Written by ordinary stores, read by TMA: two proxies. One release by one thread behind a barrier is enough; a fence
   # of each thread before it took 1 us more.
   assembly = "{ .reg .pred p; setp.eq.u32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1; }"
 
-  def arrive(ctx, ref, index):
+  def arrive(ctx, ref):
     del ctx
     asm_void("fence.proxy.async.global;")
     mgpu.utils.warpgroup_barrier()
-    asm_void(assembly, [_address(ref, index), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, product), thread_of_warpgroup()], "l,r")
 
-  plgpu.inline_mgpu(arg_types=_COUNT)(arrive)(counts_gmem, index)
+  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(arrive)(counts_gmem)
 
 
-def wait_for(counts_gmem, index, warpgroups: int):
-  """Returns once so many warpgroups have published what is counted there; an int32 scalar."""
+def wait_for(counts_gmem, product: int, warpgroups: int):
+  """Returns once so many warpgroups have published a product's y."""
   assembly = (
     f"{{ .reg .pred first, less; .reg .u32 count; setp.eq.u32 first, $1, 0; mov.u32 count, {warpgroups};"
     " AGAIN: @first ld.acquire.gpu.global.u32 count, [$0];"
     f" setp.lt.u32 less, count, {warpgroups}; @less bra AGAIN; }}"
   )
 
-  def wait(ctx, ref, index):
+  def wait(ctx, ref):
     del ctx
-    asm_void(assembly, [_address(ref, index), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, product), thread_of_warpgroup()], "l,r")
     mgpu.utils.warpgroup_barrier()
     asm_void("fence.proxy.async.global;")
 
-  plgpu.inline_mgpu(arg_types=_COUNT)(wait)(counts_gmem, index)
+  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(wait)(counts_gmem)
 
 
-def leave(counts_gmem, programs: int):
+def leave(counts_gmem, products: int, programs: int):
   """A program's copying warpgroup waits for nothing any more."""
-  clear = " ".join(f"@last st.relaxed.gpu.global.u32 [$0 + {4 * i}], 0;" for i in range(counts_gmem.shape[0] - 1))
+  clear = " ".join(f"@last st.relaxed.gpu.global.u32 [$0 + {4 * i}], 0;" for i in range(products + 1))
   assembly = (
     "{ .reg .pred first, last; .reg .u32 left; mov.u32 left, 0; setp.eq.u32 first, $1, 0;"
-    " @first atom.acq_rel.gpu.global.add.u32 left, [$0], 1;"
+    f" @first atom.acq_rel.gpu.global.add.u32 left, [$0 + {4 * products}], 1;"
     f" setp.eq.u32 last, left, {programs - 1}; {clear} }}"
   )
 
   def count(ctx, ref):
     del ctx
-    asm_void(assembly, [_start(ref), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, 0), thread_of_warpgroup()], "l,r")
 
   plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(count)(counts_gmem)
 
 
-_COUNT = (plgpu.RefType(()), plgpu.Layout.WG_SPLAT)  # all counts, and the index of one
-
-
-def _start(ref):
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
-
-
-def _address(ref, index):
-  """Of the count after as many."""
+def _address(ref, element: int):
   i64 = ir.IntegerType.get_signless(64)
-  bytes_before = arith.muli(arith.addi(index.registers.item(), constant(1)), constant(4))
-  return arith.addi(_start(ref), arith.extui(i64, bytes_before))
+  return arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), mgpu.c(4 * element, i64))

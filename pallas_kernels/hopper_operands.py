@@ -80,19 +80,17 @@ def _stage_bytes(ref) -> int:
   return math.prod(ref.shape[1:]) * jnp.dtype(ref.dtype).itemsize
 
 
-def y_smem(config: HopperConfig, problem: MatmulProblem, *, tail: bool = False) -> Any:
-  """A slot for the sums of every warpgroup, rounded where nothing is added to them; then those of tails, if any."""
+def y_smem(config: HopperConfig, problem: MatmulProblem) -> Any:
+  """A slot for the sums of every warpgroup; rounded where nothing is added to them."""
   dtype = jnp.dtype(jnp.float32) if config.reduces else problem.dtype
-  slots = config.compute_warpgroups + (config.warpgroups_n if tail else 0)
-  return SMEM((slots, config.block_m, PITCH[dtype.itemsize]), dtype)
+  return SMEM((config.compute_warpgroups, config.block_m, PITCH[dtype.itemsize]), dtype)
 
 
-def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool, tail: bool = False) -> dict[str, Any]:
+def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool) -> dict[str, Any]:
   """Barriers and what else a product has for itself; hopper_program.py says who waits for whom.
 
   Args:
     normalized: whether a deferred norm comes before.
-    tail: whether other programs sum the ends of K.
   """
   copies = 3 + problem.zeros + problem.sparse24  # that fill a stage, see `ring`
   c, stages, barrier = config, config.num_stages, plgpu.Barrier
@@ -103,7 +101,6 @@ def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool, t
     done=of_columns(num_arrivals=c.warpgroups_k),
     consumed=barrier(num_arrivals=c.compute_warpgroups),
     factored=barrier(num_arrivals=1),
-    tail=barrier(num_arrivals=1) if tail else (),
     factors_smem=(SMEM((128,), jnp.float32), SMEM((c.block_m,), jnp.float32)) if normalized else (),
   )
 

@@ -58,15 +58,12 @@ class Block:
 
   Attributes:
     config, problem, gated, epsilon: of the product; epsilon is that of the norm before it.
-    gmem: the operands that there are, in device memory, by name. With `tails`, sums of the last steps of K that other
-      programs make, `copy` waits for these.
-    outputs: y; with a norm to come also y * norm and the squares of y. Of a tail alone: what is `tails` elsewhere.
+    gmem: the operands that there are, in device memory, by name.
+    outputs: y; with a norm to come also y * norm and the squares of y.
     smem: the stages of what is copied, by the names of the operands.
     y_smem: a slot for the sums of every warpgroup.
     scratch: shared memory and barriers that are of one product alone, see `hopper_operands.scratch`.
     n, m, k: which block_n columns, which block_m rows, which run of K.
-    tail: so many steps at the end of K are not of this block but of another program's.
-    is_tail: it is that other one, and its sums are all that it writes.
   """
 
   config: HopperConfig
@@ -81,15 +78,11 @@ class Block:
   n: Any
   m: Any
   k: Any
-  tail: int = 0
-  is_tail: bool = False
 
   def run_of_steps(self):
     """(first, count) of the steps of its run of K; count is an int where all runs are as long."""
     k_tiles = self.gmem["words"].shape[1]
     total = -(-k_tiles // (self.config.block_k // self.problem.tile_k))
-    if self.tail:
-      return (total - self.tail, self.tail) if self.is_tail else (0, total - self.tail)
     return run_of_steps(self.k, total, self.config.split_k)
 
   def column_tile_and_part(self, wg):
@@ -106,15 +99,12 @@ def run_of_steps(run, total: int, runs: int):
   return first, end - first
 
 
-def copy(
-  block: Block, wait_for_x: Callable[[], None] | None = None, wait_for_tail: Callable[[Any], None] | None = None
-):
+def copy(block: Block, wait_for_x: Callable[[], None] | None = None):
   """The copying warpgroup: all stages of the block and, with a deferred norm, the factors of its rows.
 
   Args:
     wait_for_x: returns when x, squares and residual may be read, for which weights need not wait; a stage is that of
       the product before until it is `empty`. None: they may be, and stages are empty from the start.
-    wait_for_tail: returns when the tail of block n is summed; of a block that has one.
   """
   b, c, scratch = block, block.config, block.scratch
   problem, stages, tiles = b.problem, c.num_stages, c.block_k // b.problem.tile_k
@@ -168,11 +158,6 @@ def copy(
     rows = dict(first_row=b.m * c.block_m, features=problem.k, epsilon=b.epsilon)
     write_factors(b.gmem["squares"], partial_smem, factors_smem, **rows)
     plgpu.barrier_arrive(scratch["factored"])
-
-  if "tails" in b.gmem:
-    wait_for_tail(b.n)
-    sums, slots = pl.ds(b.n * c.warpgroups_n, c.warpgroups_n), pl.ds(c.compute_warpgroups, c.warpgroups_n)
-    plgpu.copy_gmem_to_smem(b.gmem["tails"].at[sums], b.y_smem.at[slots], scratch["tail"])
 
 
 def compute(block: Block, wg):
@@ -301,8 +286,6 @@ def compute(block: Block, wg):
     first_column=first_column // 2 if b.gated else first_column,
     gated=b.gated,
   )
-  if b.is_tail:
-    where |= dict(first_row=(b.n * c.warpgroups_n + column_tile) * c.block_m, first_column=0)
   addends = load_addends(b.outputs, gmem.get("residual"), gmem.get("norm"), **where)
   carry, turns = (zero, fragment(0, 0)), 0
   if c.unroll:
@@ -327,9 +310,6 @@ def compute(block: Block, wg):
     if c.reduces:
       plgpu.barrier_arrive(scratch["ready"].at[column_tile])
       plgpu.barrier_wait(scratch["ready"].at[column_tile])
-    if "tails" in gmem:
-      plgpu.barrier_wait(scratch["tail"])
-      where["tail_slot"] = c.compute_warpgroups + column_tile
     write_rows(b.y_smem, b.outputs, addends, slot=column_tile * c.warpgroups_k, **where)
 
 

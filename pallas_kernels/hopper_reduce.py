@@ -15,7 +15,6 @@ Nothing goes through device memory but y itself, no second kernel runs, and the 
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -109,10 +108,10 @@ def load_addends(
   Args: see `write_rows`.
   """
   rows, _, threads_a_row = _places(block_m, slots, programs, gated)
+  m_end, n_end = outputs[0].shape
   refs = [ref for ref in (residual_gmem, norm_gmem) if ref is not None]
   if not refs:
     return Addends(residual=None, norm=None, loaded=None)
-  m_end, n_end = outputs[0].shape
 
   def load(ctx, share, first_row, first_column, *refs):
     del ctx
@@ -152,19 +151,7 @@ def load_addends(
 
 
 def write_rows(
-  y_smem,
-  outputs,
-  addends: Addends,
-  *,
-  block_m,
-  slot,
-  share,
-  slots,
-  programs,
-  first_row,
-  first_column,
-  gated: bool,
-  tail_slot=None,
+  y_smem, outputs, addends: Addends, *, block_m, slot, share, slots, programs, first_row, first_column, gated: bool
 ):
   """y[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
@@ -175,28 +162,25 @@ def write_rows(
   Args:
     y_smem: [all slots, block_m, PITCH]; float32, or y's dtype where there is nothing to add.
     outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With a norm also scaled, like y,
-      and squares [N / 64, M] in float32. Or sums alone, in float32, [..., N] of which all but N counts as rows.
+      and squares [N / 64, M] in float32.
     addends: what `load_addends` of the same share returned.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
-    tail_slot: one more slot to add, the last one, of what another program has summed.
   """
   pitch = y_smem.shape[2]
   reducing = slots * programs > 1
   rows, rows_a_pass, threads_a_row = _places(block_m, slots, programs, gated)
   width = 16 if gated and reducing else 8  # columns of sums for these
   convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
-  itemsize = outputs[0].dtype.itemsize
-  scalars = [slot, share, first_row, first_column, *([] if tail_slot is None else [tail_slot])]
 
-  def write(ctx, y_ref, *operands):
+  def write(ctx, y_ref, slot, share, first_row, first_column, *refs):
     del ctx
-    slot, share, first_row, first_column, *tail = (s.registers.item() for s in operands[: len(scalars)])
-    refs = operands[len(scalars) :]
+    slot, share, first_row, first_column = (
+      scalar.registers.item() for scalar in (slot, share, first_row, first_column)
+    )
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     pair = ir.VectorType.get((2,), ir.MemRefType(refs[0].type).element_type)
-    *row_shape, n_end = ir.MemRefType(refs[0].type).shape
-    m_end = math.prod(row_shape)
+    m_end, n_end = ir.MemRefType(refs[0].type).shape
     loaded = []  # words of the first row's residual, of the norm
     if addends.loaded is not None:
       *refs, words = refs
@@ -234,14 +218,9 @@ def write_rows(
       return asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
 
     def store(base, element, values):
-      there = arith.addi(base, arith.muli(element, mgpu.c(itemsize, i64)))
-      if itemsize == 4:
-        for i in (0, 4):
-          text = f"st.global.v4.f32 [$0 + {4 * i}], {{$1, $2, $3, $4}};"
-          asm_void(text, [there, *values[i : i + 4]], "l,f,f,f,f")
-      else:
-        words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
-        asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
+      words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
+      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
+      asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
 
     def floats(words):
       vectors = [mgpu.utils.bitcast(word, pair) for word in words]
@@ -271,10 +250,10 @@ def write_rows(
           residual = loaded[0] if first == 0 else load_words(gmem[len(outputs)], element)
         if reducing:
           total = None
-          summed = [(arith.addi(slot, constant(i)), program) for program in range(programs) for i in range(slots)]
-          for where, program in [*summed, *((slot, 0) for slot in tail)]:
-            values = load(where, row, program)
-            total = values if total is None else add(total, values)
+          for program in range(programs):
+            for i in range(slots):
+              values = load(arith.addi(slot, constant(i)), row, program)
+              total = values if total is None else add(total, values)
           if gated:
             total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
         else:
@@ -298,11 +277,11 @@ def write_rows(
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
   refs = (*outputs, *(() if addends.residual is None else (addends.residual,)))
-  types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * len(scalars) + (plgpu.RefType(()),) * len(refs)
+  types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(refs)
   if addends.loaded is not None:
     refs += (addends.loaded,)
     types += (plgpu.Layout.WG_STRIDED(addends.loaded.shape, vec_size=4),)
-  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, *scalars, *refs)
+  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
 
 
 def _silu_times(gate, up):
