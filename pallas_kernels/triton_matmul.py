@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
-from pallas_kernels.dequant import byte_plane, nibble_plane
+from pallas_kernels.dequant import DECODED, DECODED_BYTE, byte_plane, nibble_plane
 from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
@@ -71,7 +71,8 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
 
 
 def _dequantize(words, dtype, *, zero: int, use_asm: bool):
-  """Words [n_tiles, k_tiles * 1024], one array or one of each nibble, -> codes - zero as [64 n_tiles, 64 k_tiles].
+  """Words [n_tiles, k_tiles * 1024], one array or one of each nibble, -> codes - zero, times
+  `decoded_factor`, as [64 n_tiles, 64 k_tiles].
 
   The result is in the natural order of n and k. A thread that loaded 16 bytes holds its own fragment of the matrix
   instruction (layout.py), so joining the planes and transposing the bits of the index moves no data between threads:
@@ -88,6 +89,11 @@ def _dequantize(words, dtype, *, zero: int, use_asm: bool):
   return w.reshape(n_tiles * layout.TILE, k_tiles * layout.TILE)
 
 
+def decoded_factor(problem: MatmulProblem) -> float:
+  """What `load_weights` has multiplied codes by, a power of two."""
+  return (DECODED if problem.bits == 4 else DECODED_BYTE)[problem.dtype]
+
+
 def word_rows(qweight):
   """Words as `load_weights` takes them: [n_tiles, words] of 4 bits, [n_tiles, k_tiles, 2, 1024] of 8 bits.
 
@@ -99,7 +105,7 @@ def word_rows(qweight):
 
 def load_weights(w_ref, column, step, *, problem, config, use_asm):
   """Codes of block (column, step) in problem.dtype, [block_n, block_k] in natural order, less the middle code if the
-  problem has no zeros.
+  problem has no zeros; times `decoded_factor`.
   """
   n_tiles, k_tiles = config.block_n // layout.TILE, config.block_k // layout.TILE
   tiles = pl.ds(column * n_tiles, n_tiles)
@@ -138,12 +144,15 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
     load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
             the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
                                                                           only what feeds a dot)
-    decode  w [block_n, block_k] = load(i), in natural order of n and k; less the zeros, if there are any
+    decode  w [block_n, block_k] = load(i), in natural order of n and k, times `decoded_factor`; less the zeros, if
+            there are any, times the same
     dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
                                                     few rows of x cost a narrow instruction instead of padding to 64
     scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
+
+  The sums, with the bias in them, are divided by `decoded_factor` at the end, outside the loop: exact.
   """
-  c, group_size = config, problem.group_size
+  c, group_size, decoded = config, problem.group_size, decoded_factor(problem)
   m0, n0, sk = pl.program_id(0) * c.block_m, pl.program_id(1) * c.block_n, pl.program_id(2)
   steps = -(-problem.k // c.block_k)
   steps_each = -(-steps // c.split_k)
@@ -180,7 +189,7 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
     next_groups = load_groups(i + 1)
     weights = load(i)
     for group, (scale, *zeros) in enumerate(groups):
-      w = weights - zeros[0].astype(x_ref.dtype)[:, None] if zeros else weights
+      w = weights - (zeros[0].astype(x_ref.dtype) * x_ref.dtype.type(decoded))[:, None] if zeros else weights
       x = load_x(i * c.block_k, group)
       partial = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
       acc += partial * scale.astype(jnp.float32)[:, None]
@@ -191,12 +200,12 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
   if bias_ref is not None:
     fill = None if n_inside is None else 0.0
     bias = plt.load(bias_ref.at[pl.ds(n0, c.block_n)], mask=n_inside, other=fill).astype(jnp.float32)
-    beginning += jnp.where(sk == 0, bias, 0.0)[:, None]
+    beginning += jnp.where(sk == 0, bias * decoded, 0.0)[:, None]
   acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (beginning, load_groups(first)))
   masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
   mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
   index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
-  plt.store(index, acc.T.astype(y_ref.dtype), mask=mask)
+  plt.store(index, (acc * (1 / decoded)).T.astype(y_ref.dtype), mask=mask)
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace and one lowering of the kernel.

@@ -31,7 +31,8 @@ def nibble(words, p):
 @pytest.mark.parametrize("p", range(4))
 def test_plain_twin_gives_nibble_minus_zero(dtype, p, zero):
   plane = dequant.nibble_plane(jnp.asarray(ALL_WORDS), p, dtype, zero=zero, use_asm=False)
-  np.testing.assert_array_equal(np.asarray(plane, np.int32), nibble(ALL_WORDS, p) - zero)
+  want = (nibble(ALL_WORDS, p) - zero) * dequant.DECODED[jnp.dtype(dtype)]
+  np.testing.assert_array_equal(np.asarray(plane, np.float32), want)
 
 
 @DTYPES
@@ -41,7 +42,24 @@ def test_plain_twin_gives_byte_minus_zero(dtype, p, zero):
   plane = dequant.byte_plane(jnp.asarray(HIGH), jnp.asarray(LOW), p, dtype, zero=zero, use_asm=False)
   codes = 16 * nibble(HIGH, p) + nibble(LOW, p)
   assert set(np.unique(codes)) == set(range(256))
-  np.testing.assert_array_equal(np.asarray(plane, np.float32), codes - zero)
+  want = (codes - zero) * dequant.DECODED_BYTE[jnp.dtype(dtype)]
+  np.testing.assert_array_equal(np.asarray(plane, np.float32), want)
+
+
+def numbers(bits: np.ndarray, dtype) -> np.ndarray:
+  """What 16 bits stand for, by the definition of the format: subnormal numbers are numbers, on every processor."""
+  fraction_bits, bias = (7, 127) if dtype == jnp.bfloat16 else (10, 15)
+  exponent = bits.astype(int) >> fraction_bits & (1 << 15 - fraction_bits) - 1
+  significand = (bits & (1 << fraction_bits) - 1) + (exponent > 0) * 2.0**fraction_bits
+  return np.where(bits >> 15, -1, 1) * np.ldexp(significand, np.maximum(exponent, 1) - bias - fraction_bits)
+
+
+@DTYPES
+def test_numbers_are_what_finite_bits_stand_for(dtype):
+  bits = np.arange(2**16, dtype=np.uint16)
+  bits = bits[np.abs(numbers(bits, dtype)) <= float(jnp.finfo(dtype).max)]
+  np.testing.assert_array_equal(numbers(bits, dtype), bits.view(dtype).astype(np.float64))
+  assert len(bits) > 60_000 and numbers(np.uint16(0xF0), jnp.bfloat16) == 240 * 2.0**-133
 
 
 def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
@@ -71,12 +89,11 @@ def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
         result = np.uint32(0)
         for half in (0, 16):
           a, b, c = (
-            (value(s) >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16).view(dtype).astype(np.float64)
-            for s in sources
+            numbers((value(s) >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16), dtype) for s in sources
           )
-          rounded = (a * b + c).astype(dtype)
-          assert (rounded.astype(np.float64) == a * b + c).all()  # nothing is rounded
-          result = result | rounded.view(np.uint16).astype(np.uint32) << np.uint32(half)
+          bits = (a * b + c).astype(dtype).view(np.uint16)
+          assert (numbers(bits, dtype) == a * b + c).all()  # nothing is rounded
+          result = result | bits.astype(np.uint32) << np.uint32(half)
         registers[out] = result
       case other:
         raise AssertionError(f"{other} is not emulated")
