@@ -45,14 +45,17 @@ def pair_literal(value: int | float, dtype) -> str:
   return f"0x{bits << 16 | bits:08X}"
 
 
-def nibble_plane(words: Int16[Array, "R C"], p: int, dtype, *, zero: int, use_asm: bool) -> Float[Array, "R C"]:
-  """((words >> 4p & 15) - zero) * DECODED in `dtype` (bfloat16 or float16), exact.
+def nibble_plane(
+  words: Int16[Array, "R C"], p: int, dtype, *, zero: int | Float[Array, "R C"], use_asm: bool
+) -> Float[Array, "R C"]:
+  """((words >> 4p & 15) - zero) * DECODED in `dtype` (bfloat16 or float16), rounded once: exact for whole zeros.
 
   Args:
     words: four codes each.
     p: which nibble, 0..3.
     dtype: of the result.
-    zero: 8, or 0 where another zero point is subtracted later.
+    zero: 8, or 0 where another zero point is subtracted later. In bfloat16 also one for each word, of that dtype and
+      perhaps a fraction; beside float16's 1024 there is no room for that.
     use_asm: inline PTX, for the GPU; otherwise its plain twin, for interpret mode, which has no inline assembly.
   """
   dtype = jnp.dtype(dtype)
@@ -60,12 +63,16 @@ def nibble_plane(words: Int16[Array, "R C"], p: int, dtype, *, zero: int, use_as
     return ((words >> (4 * p) & 15) - zero).astype(dtype) * dtype.type(DECODED[dtype])
   ptx_type, _ = _PTX[dtype]
   factor, offset = OF_BITS[dtype][p % 2]
+  if isinstance(zero, int):
+    operands, offset = [words], pair_literal(offset - zero * DECODED[dtype], dtype)
+  else:  # bfloat16, whose offset is 0
+    operands, offset = [words, zero * dtype.type(-DECODED[dtype])], "$2"
   asm = f"""{{ .reg .b32 t, factor, offset;
     {_masked("t", "$1", p, dtype)}
     mov.b32 factor, {pair_literal(factor, dtype)};
-    mov.b32 offset, {pair_literal(offset - zero * DECODED[dtype], dtype)};
+    mov.b32 offset, {offset};
     fma.rn.{ptx_type} $0, t, factor, offset; }}"""
-  return _elementwise(asm, [words], "=r,r", dtype)
+  return _elementwise(asm, operands, "=r" + ",r" * len(operands), dtype)
 
 
 def byte_plane(
@@ -97,7 +104,7 @@ def _masked(out: str, word: str, p: int, dtype) -> str:
     lop3.b32 {out}, {out}, 0x{0x000F000F << p % 2 * 4:08X}, {_PTX[dtype][1]}, 0xEA;"""
 
 
-def _elementwise(asm: str, words: list, constraints: str, dtype):
-  out = jax.ShapeDtypeStruct(words[0].shape, dtype)
-  # pack=2: Triton hands over two neighbouring words in one 32-bit register.
-  return plt.elementwise_inline_asm(asm, args=words, constraints=constraints, pack=2, result_shape_dtypes=[out])[0]
+def _elementwise(asm: str, operands: list, constraints: str, dtype):
+  out = jax.ShapeDtypeStruct(operands[0].shape, dtype)
+  # pack=2: Triton hands over two neighbouring operands in one 32-bit register.
+  return plt.elementwise_inline_asm(asm, args=operands, constraints=constraints, pack=2, result_shape_dtypes=[out])[0]
