@@ -14,6 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import layout
+from pallas_kernels.dequant import DECODED, OF_BITS, pair_literal
 
 Layout = plgpu.Layout
 # The 512 words that say where the codes of a tile belong, four for each thread (layout24.py).
@@ -47,18 +48,14 @@ def thread_of_warpgroup():
   return arith.remui(mgpu.utils.thread_idx(), constant(128))
 
 
-# What a fragment is multiplied by, until its sums are divided by it; and one whose weights are scaled.
-DECODED = {jnp.dtype(jnp.bfloat16): 2.0**-6, jnp.dtype(jnp.float16): 1.0}
+# What a fragment whose weights are scaled is multiplied by, until its sums are divided by it; others by DECODED.
 DECODED_SCALED = 2.0**-40
 
 
 def _decode_asm(dtype, linear: tuple[str, ...]) -> str:
   """PTX that turns the word $4, eight nibbles, into four pairs $0..$3 of bits * factor + offset.
 
-  A bfloat16 whose exponent is 0 or 1 is its bits * 2**-133. So nothing but a mask makes a number of a nibble in its
-  bits 0 to 3, or of one in bits 4 to 7, 16 times as large; one fma does the rest. Raising a constant by a nibble in its
-  lowest four bits took shifts by 4, 8 and 12, and a subtraction: 8 instructions a tile more. The ten mantissa bits of
-  a float16 hold both places beside a constant: 1024 + nibble, 1024 + 16 nibble.
+  See dequant.py.
 
   Args:
     linear: factor and offset for nibbles in bits 0 to 3, then for those in bits 4 to 7: literals or registers.
@@ -72,19 +69,8 @@ def _decode_asm(dtype, linear: tuple[str, ...]) -> str:
     fma.rn.{kind} $2, $2, f0, o0; fma.rn.{kind} $3, $3, f1, o1; }}"""
 
 
-# (factor, offset) for nibbles in bits 0 to 3 and for those in bits 4 to 7, with which they become nibble * DECODED; and
-# in bfloat16, of a scale each, (nibble - 8) * scale * DECODED_SCALED.
-OF_BITS = {
-  jnp.dtype(jnp.bfloat16): ((2.0**127, 0.0), (2.0**123, 0.0)),
-  jnp.dtype(jnp.float16): ((1.0, -1024.0), (1 / 16, -64.0)),
-}
+# Of a scale each, in bfloat16, OF_BITS with which nibbles become (nibble - 8) * scale * DECODED_SCALED.
 OF_BITS_SCALED = (2.0**93, -(2.0**-37)), (2.0**89, -(2.0**-37))
-
-
-def pair_literal(value: int | float, dtype) -> str:
-  """A PTX literal of two 16-bit floats in a register."""
-  bits = int(np.asarray(value, dtype).view(np.uint16))
-  return f"0x{bits << 16 | bits:08X}"
 
 
 def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):

@@ -33,16 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import layout
+from pallas_kernels.dequant import DECODED
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import (
-  DECODED,
-  DECODED_SCALED,
-  POSITIONS,
-  decode_tile,
-  mma_issue,
-  mma_wait,
-  of_columns,
-)
+from pallas_kernels.hopper_fragments import DECODED_SCALED, POSITIONS, decode_tile, mma_issue, mma_wait, of_columns
 from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
 from pallas_kernels.problem import MatmulProblem

@@ -59,7 +59,7 @@ def _kernel(*refs, problem, config, use_asm):
 
     load    words of the block, 16 bytes a thread, and positions, if 2:4 sparse; scales and zeros of its groups
     decode  codes, in natural order of n and k, as the fused kernels do; less the zeros, in x's dtype
-    scale   in float32, as [block_n, groups, k of a group]
+    scale   in float32, as [block_n, groups, k of a group]; the scale takes decoded_factor away again, exactly
     store   rows of block_k contiguous elements, 16 bytes a thread: Triton takes the fragments that were decoded through
             shared memory
   """
@@ -85,9 +85,14 @@ def _kernel(*refs, problem, config, use_asm):
   load_weights = triton_matmul24.load_weights if problem.sparse24 else triton_matmul.load_weights
   w = load_weights(*word_refs, column, step, problem=problem, config=config, use_asm=use_asm)
   w = w.reshape(c.block_n, groups, c.block_k // groups)
+  decoded = triton_matmul.decoded_factor(problem)
   for zeros_ref in zeros_refs:
-    w -= load_groups(zeros_ref).astype(w.dtype)
-  w = (w.astype(jnp.float32) * load_groups(scales_ref).astype(jnp.float32)).astype(w_ref.dtype)
+    w -= load_groups(zeros_ref).astype(w.dtype) * w.dtype.type(decoded)
+  # In bfloat16, if codes and scales are, of whose product, rounded once, the compiler makes one instruction a pair; not
+  # in float16 beside bfloat16 codes, where it might be infinite.
+  scales = load_groups(scales_ref).astype(jnp.promote_types(scales_ref.dtype, w.dtype))
+  scales = (scales * scales.dtype.type(1 / decoded)).astype(jnp.float32)
+  w = (w.astype(jnp.float32) * scales).astype(w_ref.dtype)
   index = w_ref.at[pl.ds(n0, c.block_n), pl.ds(k0, c.block_k)]
   plt.store(index, w.reshape(c.block_n, c.block_k), mask=_outer(n_inside, k_inside, (c.block_n, c.block_k)))
 

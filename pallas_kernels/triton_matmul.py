@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels import layout
-from pallas_kernels.dequant import byte_plane, nibble_plane
+from pallas_kernels.dequant import DECODED, DECODED_BYTE, byte_plane, nibble_plane
 from pallas_kernels.hardware import Device
 from pallas_kernels.problem import MatmulProblem
 
@@ -70,8 +70,22 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
   return None
 
 
-def _dequantize(words, dtype, *, zero: int, use_asm: bool):
-  """Words [n_tiles, k_tiles * 1024], one array or one of each nibble, -> codes - zero as [64 n_tiles, 64 k_tiles].
+def _zeros_of_words(zeros, shape):
+  """Zero points of [64 n_tiles] columns for each word, [n_tiles, k_tiles * 1024], of even and of odd planes.
+
+  Columns are of (n_tile, warp, odd, lane), words of (n_tile, k_tile, warp, lane) and eight of a thread (layout.py).
+  """
+  n_tiles, k_tiles = shape[0], shape[1] // layout.TILE_WORDS
+  of_odd = jnp.split(zeros.reshape(n_tiles, 4, 2, 8).transpose(0, 1, 3, 2), 2, axis=-1)
+  return [
+    jnp.broadcast_to(part.reshape(n_tiles, 1, 4, 8, 1), (n_tiles, k_tiles, 4, 8, 8 * 4)).reshape(shape)
+    for part in of_odd
+  ]
+
+
+def _dequantize(words, dtype, *, zero, use_asm: bool):
+  """Words [n_tiles, k_tiles * 1024], one array or one of each nibble, -> codes - zero, times `decoded_factor`, as
+  [64 n_tiles, 64 k_tiles]. `zero` is an int, or an array of a zero point for each of 64 n_tiles columns.
 
   The result is in the natural order of n and k. A thread that loaded 16 bytes holds its own fragment of the matrix
   instruction (layout.py), so joining the planes and transposing the bits of the index moves no data between threads:
@@ -79,13 +93,26 @@ def _dequantize(words, dtype, *, zero: int, use_asm: bool):
   """
   n_tiles, k_tiles = words[0].shape[0], words[0].shape[1] // layout.TILE_WORDS
   plane = nibble_plane if len(words) == 1 else byte_plane
-  planes = [plane(*words, p, dtype, zero=zero, use_asm=use_asm) for p in range(4)]
+  zero_of_odd = (zero, zero) if isinstance(zero, int) else _zeros_of_words(zero, words[0].shape)
+  planes = [plane(*words, p, dtype, zero=zero_of_odd[p % 2], use_asm=use_asm) for p in range(4)]
   low, high = (jnp.stack(planes[2 * half : 2 * half + 2], axis=-1) for half in range(2))
   w = jnp.stack([low, high], axis=-1)  # [..., odd, half]
   sizes = dict(n_tile=n_tiles, k_tile=k_tiles, warp=4, lane=8, quad=4, j=4, e=2, odd=2, half=2)
   axes = (*_WORD_AXES[:-2], "odd", "half")
   w = w.reshape([sizes[axis] for axis in axes]).transpose([axes.index(axis) for axis in _WEIGHT_AXES])
   return w.reshape(n_tiles * layout.TILE, k_tiles * layout.TILE)
+
+
+def decoded_factor(problem: MatmulProblem) -> float:
+  """What `load_weights` has multiplied codes by, a power of two."""
+  return (DECODED if problem.bits == 4 else DECODED_BYTE)[problem.dtype]
+
+
+def subtracts_zeros(problem: MatmulProblem) -> bool:
+  """Whether decoding can subtract zero points: it is free in the decoder's fma, but bfloat16's alone has room for them,
+  and with codes of 8 bits a fraction would be rounded twice.
+  """
+  return problem.zeros and problem.bits == 4 and problem.dtype == jnp.bfloat16
 
 
 def word_rows(qweight):
@@ -97,9 +124,10 @@ def word_rows(qweight):
   return qweight.reshape(n_tiles, -1) if rows == 32 else qweight.reshape(n_tiles, k_tiles, 2, layout.TILE_WORDS)
 
 
-def load_weights(w_ref, column, step, *, problem, config, use_asm):
-  """Codes of block (column, step) in problem.dtype, [block_n, block_k] in natural order, less the middle code if the
-  problem has no zeros.
+def load_weights(w_ref, column, step, zeros=None, *, problem, config, use_asm):
+  """Codes of block (column, step) in problem.dtype, [block_n, block_k] in natural order; times `decoded_factor`.
+
+  Less the middle code if the problem has no zeros, or less `zeros`, one for each column, of which `subtracts_zeros`.
   """
   n_tiles, k_tiles = config.block_n // layout.TILE, config.block_k // layout.TILE
   tiles = pl.ds(column * n_tiles, n_tiles)
@@ -109,7 +137,9 @@ def load_weights(w_ref, column, step, *, problem, config, use_asm):
   else:
     blocks = [w_ref.at[tiles, pl.ds(step * k_tiles, k_tiles), pl.ds(nibble, 1)] for nibble in range(2)]
   words = [plt.load(block, eviction_policy="evict_first").reshape(n_tiles, -1) for block in blocks]
-  zero = 0 if problem.zeros else layout.zero_code(problem.bits)
+  zero = zeros
+  if zeros is None:
+    zero = 0 if problem.zeros else layout.zero_code(problem.bits)
   return _dequantize(words, problem.dtype, zero=zero, use_asm=use_asm)
 
 
@@ -122,8 +152,8 @@ def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
   bias_ref = group_refs.pop() if len(group_refs) > 1 + problem.zeros else None
   column = pl.program_id(1)
 
-  def load(i):
-    return load_weights(w_ref, column, i, problem=problem, config=config, use_asm=use_asm)
+  def load(i, zeros=None):
+    return load_weights(w_ref, column, i, zeros, problem=problem, config=config, use_asm=use_asm)
 
   sum_product(x_ref, group_refs, bias_ref, y_ref, load, problem=problem, config=config)
 
@@ -138,12 +168,15 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
     load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
             the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
                                                                           only what feeds a dot)
-    decode  w [block_n, block_k] = load(i), in natural order of n and k; less the zeros, if there are any
+    decode  w [block_n, block_k] = load(i), in natural order of n and k, times `decoded_factor`; less the zeros, if
+            there are any, times the same: by load(i, zeros) in a step of one group, if `subtracts_zeros`
     dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
                                                     few rows of x cost a narrow instruction instead of padding to 64
     scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
+
+  The sums, with the bias in them, are divided by `decoded_factor` at the end, outside the loop: exact.
   """
-  c, group_size = config, problem.group_size
+  c, group_size, decoded = config, problem.group_size, decoded_factor(problem)
   m0, n0, sk = pl.program_id(0) * c.block_m, pl.program_id(1) * c.block_n, pl.program_id(2)
   steps = -(-problem.k // c.block_k)
   steps_each = -(-steps // c.split_k)
@@ -178,9 +211,13 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
   def step(i, carry):
     acc, groups = carry
     next_groups = load_groups(i + 1)
-    weights = load(i)
+    groups = [(scale, *(points.astype(x_ref.dtype) for points in zeros)) for scale, *zeros in groups]
+    decoder_subtracts = groups_per_step == 1 and subtracts_zeros(problem)
+    weights = load(i, groups[0][1]) if decoder_subtracts else load(i)
     for group, (scale, *zeros) in enumerate(groups):
-      w = weights - zeros[0].astype(x_ref.dtype)[:, None] if zeros else weights
+      w = weights
+      if zeros and not decoder_subtracts:
+        w = weights - (zeros[0] * x_ref.dtype.type(decoded))[:, None]
       x = load_x(i * c.block_k, group)
       partial = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
       acc += partial * scale.astype(jnp.float32)[:, None]
@@ -191,12 +228,12 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
   if bias_ref is not None:
     fill = None if n_inside is None else 0.0
     bias = plt.load(bias_ref.at[pl.ds(n0, c.block_n)], mask=n_inside, other=fill).astype(jnp.float32)
-    beginning += jnp.where(sk == 0, bias, 0.0)[:, None]
+    beginning += jnp.where(sk == 0, bias * decoded, 0.0)[:, None]
   acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (beginning, load_groups(first)))
   masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
   mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
   index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
-  plt.store(index, acc.T.astype(y_ref.dtype), mask=mask)
+  plt.store(index, (acc * (1 / decoded)).T.astype(y_ref.dtype), mask=mask)
 
 
 # A jit of its own: the layers of a model that are of one shape then share one trace and one lowering of the kernel.

@@ -44,7 +44,8 @@ def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
 
 
 def _dequantize(words, meta, dtype, *, use_asm: bool):
-  """Words [n_tiles, 1024 k_tiles] and [n_tiles, 512 k_tiles] -> code - 8, pruned ones 0, as [64 n_tiles, 128 k_tiles].
+  """Words [n_tiles, 1024 k_tiles] and [n_tiles, 512 k_tiles] -> code - 8, pruned ones 0, as [64 n_tiles, 128 k_tiles];
+  times DECODED.
 
   The two kept values of a quad are neighbours of one thread. Their positions are not with them: each word of `meta` has
   the quads of four threads, so it is read by all four, who take a nibble each.
@@ -78,7 +79,9 @@ def _halves(array):
 
 
 def load_weights(w_ref, meta_ref, column, step, *, problem, config, use_asm):
-  """Codes - 8 of block (column, step) in problem.dtype, pruned ones 0, as [block_n, 128] in natural order."""
+  """Codes - 8 of block (column, step) in problem.dtype, pruned ones 0, as [block_n, 128] in natural order; times
+  `triton_matmul.decoded_factor`.
+  """
   n_tiles = config.block_n // layout.TILE
 
   def load(ref, tile_words):

@@ -105,8 +105,9 @@ def sparse24_codes(rng, k: int, n: int, density: int | None = 2):
 
 
 def assert_lean(text: str, fma: str, blocks: int, dots: int):
-  """Of a kernel's Triton IR: the assembly blocks that decode (one a nibble plane, two a byte plane), the dots."""
+  """Of a kernel's Triton IR: what decodes (`blocks` masks and fmas: one a nibble plane, two a byte plane), the dots."""
   assert text.count("lop3.b32") == text.count(fma) == blocks
+  assert set(re.findall(r"shr\.u32 \w, \$\d, (\d+);", text)) == {"0", "8"}  # one shift, which two planes share
   assert "sitofp" not in text and "uitofp" not in text  # no slow conversion anywhere
   results = re.findall(r"tt.dot .*-> (\S+)", text)
   assert len(results) == dots

@@ -31,7 +31,8 @@ def nibble(words, p):
 @pytest.mark.parametrize("p", range(4))
 def test_plain_twin_gives_nibble_minus_zero(dtype, p, zero):
   plane = dequant.nibble_plane(jnp.asarray(ALL_WORDS), p, dtype, zero=zero, use_asm=False)
-  np.testing.assert_array_equal(np.asarray(plane, np.int32), nibble(ALL_WORDS, p) - zero)
+  want = (nibble(ALL_WORDS, p) - zero) * dequant.DECODED[jnp.dtype(dtype)]
+  np.testing.assert_array_equal(np.asarray(plane, np.float32), want)
 
 
 @DTYPES
@@ -41,13 +42,34 @@ def test_plain_twin_gives_byte_minus_zero(dtype, p, zero):
   plane = dequant.byte_plane(jnp.asarray(HIGH), jnp.asarray(LOW), p, dtype, zero=zero, use_asm=False)
   codes = 16 * nibble(HIGH, p) + nibble(LOW, p)
   assert set(np.unique(codes)) == set(range(256))
-  np.testing.assert_array_equal(np.asarray(plane, np.float32), codes - zero)
+  want = (codes - zero) * dequant.DECODED_BYTE[jnp.dtype(dtype)]
+  np.testing.assert_array_equal(np.asarray(plane, np.float32), want)
 
 
-def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
-  """What the assembly does with pairs of words, in numpy; both halves of a register, in order."""
-  low = [w.view(np.uint16).ravel() for w in words]
-  # The pair's other half is another word: it must not leak in.
+def numbers(bits: np.ndarray, dtype) -> np.ndarray:
+  """What 16 bits stand for, by the definition of the format: subnormal numbers are numbers, on every processor."""
+  fraction_bits, bias = (7, 127) if dtype == jnp.bfloat16 else (10, 15)
+  exponent = bits.astype(int) >> fraction_bits & (1 << 15 - fraction_bits) - 1
+  significand = (bits & (1 << fraction_bits) - 1) + (exponent > 0) * 2.0**fraction_bits
+  return np.where(bits >> 15, -1, 1) * np.ldexp(significand, np.maximum(exponent, 1) - bias - fraction_bits)
+
+
+@DTYPES
+def test_numbers_are_what_finite_bits_stand_for(dtype):
+  bits = np.arange(2**16, dtype=np.uint16)
+  bits = bits[np.abs(numbers(bits, dtype)) <= float(jnp.finfo(dtype).max)]
+  np.testing.assert_array_equal(numbers(bits, dtype), bits.view(dtype).astype(np.float64))
+  assert len(bits) > 60_000 and numbers(np.uint16(0xF0), jnp.bfloat16) == 240 * 2.0**-133
+
+
+def emulate(asm: str, operands: list[np.ndarray], dtype, *, exact=True) -> np.ndarray:
+  """What the assembly does with pairs of operands, in numpy; both halves of a register, in order.
+
+  Args:
+    exact: an fma must not round.
+  """
+  low = [w.view(np.uint16).ravel() for w in operands]
+  # The pair's other half is another one: it must not leak in.
   registers = {f"${i + 1}": w.astype(np.uint32) | w[::-1].astype(np.uint32) << 16 for i, w in enumerate(low)}
 
   def value(name):
@@ -56,8 +78,8 @@ def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
   for line in asm[asm.index(";") + 1 :].strip(" }").split(";"):
     if not line.strip():
       continue
-    operation, operands = line.split(maxsplit=1)
-    out, *sources = (name.strip() for name in operands.split(","))
+    operation, names = line.split(maxsplit=1)
+    out, *sources = (name.strip() for name in names.split(","))
     match operation.split("."):
       case ["shr", "u32"]:
         registers[out] = value(sources[0]) >> value(sources[1])
@@ -71,12 +93,11 @@ def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
         result = np.uint32(0)
         for half in (0, 16):
           a, b, c = (
-            (value(s) >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16).view(dtype).astype(np.float64)
-            for s in sources
+            numbers((value(s) >> np.uint32(half) & np.uint32(0xFFFF)).astype(np.uint16), dtype) for s in sources
           )
-          rounded = (a * b + c).astype(dtype)
-          assert (rounded.astype(np.float64) == a * b + c).all()  # nothing is rounded
-          result = result | rounded.view(np.uint16).astype(np.uint32) << np.uint32(half)
+          bits = (a * b + c).astype(dtype).view(np.uint16)
+          assert not exact or (numbers(bits, dtype) == a * b + c).all()
+          result = result | bits.astype(np.uint32) << np.uint32(half)
         registers[out] = result
       case other:
         raise AssertionError(f"{other} is not emulated")
@@ -85,16 +106,16 @@ def emulate(asm: str, words: list[np.ndarray], dtype) -> np.ndarray:
 
 @pytest.fixture
 def assembly(monkeypatch):
-  """The text of the assembly that a call would have run."""
-  texts = []
+  """The assembly that a call would have run: its text and its operands."""
+  calls = []
 
   def record(asm, args, constraints, pack, result_shape_dtypes):
     assert pack == 2 and constraints == "=r" + ",r" * len(args)
-    texts.append(asm)
+    calls.append((asm, [np.asarray(arg) for arg in args]))
     return [jnp.zeros(s.shape, s.dtype) for s in result_shape_dtypes]
 
   monkeypatch.setattr(dequant.plt, "elementwise_inline_asm", record)
-  return texts
+  return calls
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -107,10 +128,31 @@ def test_the_instructions_emulated_bit_by_bit_equal_the_twin(assembly, dtype, p,
   ):
     zero = 0 if has_zeros else middle
     plane(*map(jnp.asarray, words), p, dtype, zero=zero, use_asm=True)
-    first, second = emulate(assembly[-1], words, dtype)
+    first, second = emulate(*assembly[-1], dtype)
     twin = np.asarray(plane(*map(jnp.asarray, words), p, dtype, zero=zero, use_asm=False)).ravel()
     np.testing.assert_array_equal(first.astype(np.float32), twin.astype(np.float32))
     np.testing.assert_array_equal(second[::-1].astype(np.float32), twin.astype(np.float32))
+
+
+def zero_points(rng, fractional):
+  """One for each word, in bfloat16."""
+  drawn = rng.uniform(0, 15, ALL_WORDS.shape) if fractional else rng.integers(0, 16, ALL_WORDS.shape)
+  return drawn.astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("p", range(4))
+@pytest.mark.parametrize("fractional", [False, True])
+def test_a_zero_point_of_each_word_is_subtracted_and_rounded_once(assembly, rng, p, fractional):
+  zeros = zero_points(rng, fractional)
+  exact = nibble(ALL_WORDS, p) - zeros.astype(np.float64)
+  want = (exact.astype(ml_dtypes.bfloat16).astype(np.float64) / 64).ravel()
+  args = jnp.asarray(ALL_WORDS), p, jnp.bfloat16
+  twin = dequant.nibble_plane(*args, zero=jnp.asarray(zeros), use_asm=False)
+  np.testing.assert_array_equal(np.asarray(twin, np.float64).ravel(), want)
+  dequant.nibble_plane(*args, zero=jnp.asarray(zeros), use_asm=True)
+  first, second = emulate(*assembly[-1], ml_dtypes.bfloat16, exact=not fractional)
+  np.testing.assert_array_equal(first.astype(np.float64), want)
+  np.testing.assert_array_equal(second[::-1].astype(np.float64), want)
 
 
 @pytest.mark.gpu
@@ -132,3 +174,23 @@ def test_the_assembly_on_the_gpu_equals_the_twin(dtype, plane, words, zeros):
       compiler_params=plt.CompilerParams(num_warps=4),
     )(*args)
     np.testing.assert_array_equal(got, plane(*args, p, dtype, zero=zero, use_asm=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fractional", [False, True])
+def test_zero_points_of_each_word_on_the_gpu_equal_the_twin(rng, fractional):
+  def kernel(words_ref, zeros_ref, out_ref, *, p):
+    out_ref[...] = dequant.nibble_plane(words_ref[...], p, jnp.bfloat16, zero=zeros_ref[...], use_asm=True)
+
+  words, zeros = jnp.asarray(ALL_WORDS), jnp.asarray(zero_points(rng, fractional))
+  block = pl.BlockSpec((16, 256), lambda i: (i, 0))
+  for p in range(4):
+    got = pl.pallas_call(
+      functools.partial(kernel, p=p),
+      out_shape=jax.ShapeDtypeStruct(ALL_WORDS.shape, jnp.bfloat16),
+      grid=(16,),
+      in_specs=[block] * 2,
+      out_specs=block,
+      compiler_params=plt.CompilerParams(num_warps=4),
+    )(words, zeros)
+    np.testing.assert_array_equal(got, dequant.nibble_plane(words, p, jnp.bfloat16, zero=zeros, use_asm=False))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper_fragments import DECODED, DECODED_SCALED, OF_BITS, OF_BITS_SCALED, _decode_asm
+from pallas_kernels.dequant import DECODED, OF_BITS
+from pallas_kernels.hopper_fragments import DECODED_SCALED, OF_BITS_SCALED, _decode_asm
 
 BF16, F16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 DTYPES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -66,6 +66,13 @@ def test_scales_in_float32_are_not_rounded_before_they_multiply():
   np.testing.assert_array_equal(w, jnp.full((64, 128), 7 + 2.0**-5, BF16))
 
 
+def test_scales_in_float16_stay_in_their_range():
+  # Times what codes are divided by they would be infinite: float16 ends at 65504.
+  qweight, scales = layout.pack_codes(jnp.full((128, 64), 9, jnp.uint8)), jnp.full((1, 64), 60000, F16)
+  w = dequantize_triton(qweight, scales, k=128, dtype=BF16, config=CONFIG, interpret=True)
+  np.testing.assert_array_equal(w, jnp.full((64, 128), 60000, BF16))
+
+
 def test_the_bias_and_sums_are_float32(rng):
   # Rounded to bfloat16 before the bias is added, 257 would be 256 and the result 1.
   x, qweight = jnp.ones((1, 257), BF16), layout.pack_codes(jnp.full((257, 64), 9, jnp.uint8))
