@@ -75,7 +75,16 @@ def dequantize_config(problem: MatmulProblem, num_sms: int) -> DequantizeConfig:
 
 def hopper_config(problem: MatmulProblem, num_sms: int) -> HopperConfig:
   """The config of the Hopper kernel for `problem` on a GPU with `num_sms` multiprocessors."""
-  return _hopper_config(problem, *_hopper_partitions(problem, num_sms)[0])
+  return _in_turns(_hopper_config(problem, *_hopper_partitions(problem, num_sms)[0]), problem, num_sms)
+
+
+def _in_turns(config: HopperConfig, problem: MatmulProblem, num_sms: int) -> HopperConfig:
+  """With as many programs as multiprocessors where there are more blocks, and where they can take turns."""
+  if config.blocks(problem) <= num_sms or config.reduces or config.block_m == 64:  # whose sums would spill
+    return config
+  in_turns = dataclasses.replace(config, programs=num_sms, num_stages=2)
+  in_turns = dataclasses.replace(in_turns, num_stages=min(config.num_stages, in_turns.max_stages(problem)))
+  return config if in_turns.unfit_reason(problem) else in_turns
 
 
 def _hopper_config(problem: MatmulProblem, warpgroups_n: int, warpgroups_k: int, split_k: int) -> HopperConfig:

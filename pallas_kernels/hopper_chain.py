@@ -166,7 +166,8 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
         programs = config.blocks(i - 1, problems[i - 1]) * config.products[i - 1].split_k
         hopper_grid.wait_for(counts, i - 1, programs * compute_warpgroups)
 
-      each(i, functools.partial(copy, wait_for_x=wait_for_x if i else None))
+      unused = 0 if i else config.products[0].num_stages
+      each(i, functools.partial(copy, unused=unused, wait_for_x=wait_for_x if i else None))
 
     hopper_grid.leave(counts, len(blocks), 2 * config.clusters)
 

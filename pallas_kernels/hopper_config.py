@@ -32,6 +32,8 @@ class HopperConfig:
       warpgroup: with one, both fragments would be the same loop-carried registers, and ptxas serialises the kernel
       (its note C7513).
     unroll: go once round the ring of stages in a turn of the loop, so that addresses are constants.
+    programs: so many programs compute all blocks, each several in turn, and copy the first stages of the next one while
+      they write one. 0: each block has a program of its own.
   """
 
   block_m: int
@@ -43,6 +45,7 @@ class HopperConfig:
   scale_weights: bool = False
   decode_ahead: bool = True
   unroll: bool = False
+  programs: int = 0
 
   def __post_init__(self):
     for name, allowed in dict(
@@ -58,6 +61,8 @@ class HopperConfig:
       raise ValueError(f"warpgroups_n={self.warpgroups_n} times warpgroups_k={self.warpgroups_k} must be at most 4")
     if self.num_stages < 2:
       raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+    if self.programs < 0 or (self.programs and self.reduces):
+      raise ValueError(f"programs={self.programs} must be 0 where parts of K are added up, and never negative")
     least = layout.TILE * self.warpgroups_k * (1 + self.decode_ahead)
     if self.block_k < least:
       raise ValueError(f"block_k={self.block_k} must be at least {least} for {self}")
@@ -94,9 +99,10 @@ class HopperConfig:
   def y_in_ring(self) -> bool:
     """Whether what a program writes takes as much shared memory as what it reads: both then use the same.
 
-    With less rows that would cost 0.2 us, for the barrier between reading and writing.
+    With less rows that would cost 0.2 us, for the barrier between reading and writing; in turns there is no time at
+    which nothing is read.
     """
-    return self.block_m == _MANY_ROWS
+    return self.block_m == _MANY_ROWS and not self.programs
 
   @property
   def compute_registers(self) -> int:
@@ -109,6 +115,10 @@ class HopperConfig:
     others = self.warpgroups - self.compute_warpgroups
     pool = self.warpgroups * _LAUNCH_REGISTERS[self.warpgroups]
     return min(240, (pool - others * FEW_REGISTERS) // self.compute_warpgroups // 8 * 8)
+
+  def blocks(self, problem: MatmulProblem) -> int:
+    """Of block_n columns and block_m rows."""
+    return -(-problem.n // self.block_n) * -(-problem.m // self.block_m)
 
   def groups_per_stage(self, problem: MatmulProblem) -> int:
     """Rows of scales that a stage has."""
@@ -132,6 +142,10 @@ class HopperConfig:
       return f"{self} has shared memory for {most} stages of {problem}"
     if -(-k // self.block_k) < self.split_k:
       return f"split_k={self.split_k} must be at most the steps of block_k={self.block_k} in K={k}"
+    # What a warpgroup writes of one block must be out of shared memory before it is done with the next, and a warp may
+    # be as many steps ahead of another as there are stages.
+    if self.programs and -(-k // self.block_k) <= self.num_stages:
+      return f"programs={self.programs} need more than {self.num_stages} steps of block_k={self.block_k} in K={k}"
     return None
 
   def max_stages(self, problem: MatmulProblem | None = None) -> int:

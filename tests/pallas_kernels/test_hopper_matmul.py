@@ -36,6 +36,8 @@ VARIANTS = [
   dict(block_m=128, scale_weights=True, block_k=64, decode_ahead=False, unroll=True),
   dict(block_m=128, scale_weights=True, block_k=256, decode_ahead=False, warpgroups_n=1, warpgroups_k=4, num_stages=3),
   dict(block_m=128, scale_weights=True, warpgroups_n=1, warpgroups_k=2, split_k=2, decode_ahead=False, unroll=True),
+  dict(warpgroups_n=1, num_stages=3, programs=2),
+  dict(warpgroups_n=1, block_m=8, block_k=64, decode_ahead=False, num_stages=3, unroll=True, programs=4),
 ]
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
@@ -133,6 +135,64 @@ def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
   config = dataclasses.replace(CONFIG, **change)
   y = jax.jit(functools.partial(matmul_hopper, config=config))(x, problems.packed(codes), scales)
   np.testing.assert_array_equal(y, jnp.asarray(problems.expected(x, codes, scales), jnp.float32).astype(BF16))
+
+
+def in_turns(m, n, **kind):
+  """The config of a product of K = 2048 and one row of blocks, or several, on a card of four multiprocessors."""
+  return hopper_config(MatmulProblem(m=m, n=n, k=2048, group_size=128, dtype=BF16, **kind), num_sms=4)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(zeros=True), dict(sparse24=True), dict(bits=8)], ids=str)
+def test_blocks_take_turns_where_there_are_more_than_multiprocessors(kind):
+  few, many = in_turns(16, 1024, **kind), in_turns(300, 1088, **kind)
+  assert few.blocks(MatmulProblem(m=16, n=1024, k=2048, group_size=128, dtype=BF16)) == 4 and few.programs == 0
+  assert many.programs == 4 and not many.y_in_ring and not many.reduces
+  assert in_turns(16, 1088, **kind).programs == (0 if "bits" in kind else 4)  # K is split instead
+  assert in_turns(50, 1088, **kind).programs == 0  # 64 rows of sums spill in it
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("m", [1, 16, 300, 1300])
+@pytest.mark.parametrize("kind", [dict(), dict(zeros=True), dict(sparse24=True)], ids=str)
+def test_turns_lower_for_an_h200(lower_for_h200, m, kind):
+  config, shape = in_turns(m, 1088, **kind), jax.ShapeDtypeStruct
+  x, qweight, scales, *zeros = shapes(m, 2048, 1088, 128, BF16, zeros="zeros" in kind)
+  meta = None
+  if "sparse24" in kind:
+    qweight, meta = (shape(s(2048, 1088), jnp.int16) for s in (layout24.qweight_shape, layout24.meta_shape))
+  run = functools.partial(matmul_hopper, config=config)
+  text = lower_for_h200(run, x, qweight, scales, zeros[0] if zeros else None, meta)
+  assert config.programs == 4 and text.count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.gpu
+@needs_jax_0_11
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 13, 30, 300, 1300])
+@pytest.mark.parametrize("kind", [dict(), dict(zeros=True), dict(sparse24=True), dict(bits=8)], ids=str)
+def test_blocks_that_take_turns_have_the_bits_of_those_that_do_not(rng, m, kind, gated):
+  n = 1088
+  config = in_turns(m, n, **kind)
+  if not config.programs:
+    pytest.skip("K is split instead")
+  x, codes, scales = problems.random(rng, m, 2048, n, 16, BF16)
+  zeros = meta = None
+  if "sparse24" in kind:
+    qweight, meta = layout24.pack_codes(problems.sparse24_codes(rng, 2048, n))
+  else:
+    bits = kind.get("bits", 4)
+    codes, points = problems.with_zeros(rng, codes, scales, bits, BF16)
+    qweight, zeros = layout.pack_codes(codes, bits), points if "zeros" in kind else None
+  bias = jnp.asarray(rng.normal(size=n), BF16)
+  residual = jnp.asarray(rng.normal(size=(m, n // (1 + gated))), BF16)
+
+  def product(config):
+    run = functools.partial(matmul_hopper, gated=gated, config=config)
+    return jax.jit(run)(x, qweight, scales, zeros, meta, bias, residual)
+
+  expected = product(dataclasses.replace(config, programs=0))
+  for _ in range(20):
+    np.testing.assert_array_equal(product(config), expected)
 
 
 @pytest.mark.gpu
@@ -235,6 +295,8 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
     (dict(block_k=64), "block_k=64 must be at least 128"),
     (dict(num_stages=40), "num_stages=40 of .* must be at most 12 to fit shared memory"),
     (dict(block_m=128, num_stages=2), "needs some 176 registers a thread; 112 can be had"),
+    (dict(programs=-1), "programs=-1 must be 0 where parts of K are added up, and never negative"),
+    (dict(programs=132, split_k=2), "programs=132 must be 0 where parts of K are added up"),
   ],
 )
 def test_a_config_checks_itself(change, message):
@@ -256,6 +318,7 @@ def test_registers_never_exceed_what_the_launch_gave(warpgroups, registers):
   [
     (96, dict(), "block_k=128 and group_size=96: one must divide the other"),
     (32, dict(scale_weights=True), "scale_weights needs groups of at least 64, not group_size=32"),
+    (64, dict(programs=132, num_stages=2), "programs=132 need more than 2 steps of block_k=128 in K=192"),
   ],
 )
 def test_config_and_groups_must_fit(group_size, change, message):
