@@ -82,8 +82,11 @@ def _in_turns(config: HopperConfig, problem: MatmulProblem, num_sms: int) -> Hop
   """With as many programs as multiprocessors where there are more blocks, and where they can take turns."""
   if config.blocks(problem) <= num_sms or config.reduces or config.block_m == 64:  # whose sums would spill
     return config
+  # 2:4 sparse weights of many rows have too few stages left beside y: 1552 us with three and in turns, 1506 with four.
   in_turns = dataclasses.replace(config, programs=num_sms, num_stages=2)
-  in_turns = dataclasses.replace(in_turns, num_stages=min(config.num_stages, in_turns.max_stages(problem)))
+  if in_turns.max_stages(problem) < config.num_stages:
+    return config
+  in_turns = dataclasses.replace(in_turns, num_stages=config.num_stages)
   return config if in_turns.unfit_reason(problem) else in_turns
 
 

@@ -146,14 +146,16 @@ def in_turns(m, n, **kind):
 def test_blocks_take_turns_where_there_are_more_than_multiprocessors(kind):
   few, many = in_turns(16, 1024, **kind), in_turns(300, 1088, **kind)
   assert few.blocks(MatmulProblem(m=16, n=1024, k=2048, group_size=128, dtype=BF16)) == 4 and few.programs == 0
-  assert many.programs == 4 and not many.y_in_ring and not many.reduces
+  # Beside y there is no room for as many stages of 2:4 sparse weights.
+  assert many.programs == (0 if "sparse24" in kind else 4) and many.y_in_ring == ("sparse24" in kind)
   assert in_turns(16, 1088, **kind).programs == (0 if "bits" in kind else 4)  # K is split instead
   assert in_turns(50, 1088, **kind).programs == 0  # 64 rows of sums spill in it
 
 
 @needs_jax_0_11
-@pytest.mark.parametrize("m", [1, 16, 300, 1300])
-@pytest.mark.parametrize("kind", [dict(), dict(zeros=True), dict(sparse24=True)], ids=str)
+@pytest.mark.parametrize("m, kind", [
+  (1, dict()), (16, dict(zeros=True)), (30, dict(sparse24=True)), (300, dict(zeros=True)), (1300, dict()),
+])  # fmt: skip
 def test_turns_lower_for_an_h200(lower_for_h200, m, kind):
   config, shape = in_turns(m, 1088, **kind), jax.ShapeDtypeStruct
   x, qweight, scales, *zeros = shapes(m, 2048, 1088, 128, BF16, zeros="zeros" in kind)
@@ -174,7 +176,7 @@ def test_blocks_that_take_turns_have_the_bits_of_those_that_do_not(rng, m, kind,
   n = 1088
   config = in_turns(m, n, **kind)
   if not config.programs:
-    pytest.skip("K is split instead")
+    pytest.skip("K is split instead, or stages are too few")
   x, codes, scales = problems.random(rng, m, 2048, n, 16, BF16)
   zeros = meta = None
   if "sparse24" in kind:
