@@ -21,7 +21,7 @@ from marlin_jax.bench.timing import copies_for_cold_l2, kernel_time, measure_cei
 from pallas_kernels import IMPLEMENTATIONS, Device, MatmulProblem, current_device, layout, matmul
 from pallas_kernels.tuning import Config, config_for
 
-BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 GROUP_SIZE = 128
 XLA_INT4 = "xla_int4"
 _KEY = ("k", "n", "m", "group_size", "dtype", "implementation", "device")  # of a row
