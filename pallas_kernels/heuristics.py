@@ -257,7 +257,7 @@ def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -
     dict(block_k=b, num_stages=2, decode_ahead=b > problem.tile_k * first.warpgroups_k) for b in (128, 256, 64, 512)
   ]
   where = [dict(scale_weights=not first.scale_weights)] if first.block_m >= 64 else []
-  return [steps, partitions, where, [dict(unroll=not first.unroll)]]
+  return [steps, partitions, where, [dict(unroll=not first.unroll)], [dict(programs=0)] if first.programs else []]
 
 
 def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
