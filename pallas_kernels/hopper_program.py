@@ -14,8 +14,8 @@ A block is block_n columns x block_m rows x one of split_k runs of K, which is b
     the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
                               rows in the order of K and writes it (hopper_reduce.py)
 
-A program with several blocks takes them in turn: the copying warpgroup is at the next one while the last tiles of one are
-computed and written, and waits for nothing but empty stages.
+A program with several blocks takes them in turn: the copying warpgroup is at the next one while the last tiles of one
+are computed and written, and waits for nothing but empty stages.
 
 With a deferred norm x stands for x / rms, and with a norm to come y * norm and y's squares are written as well.
 

@@ -5,9 +5,9 @@ Weights are arguments of both (split outside, merged inside); a closed-over weig
 constant. What a user sets is a traced argument, so that no value of it compiles anything.
 """
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import Future
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -65,11 +65,13 @@ def choose(logits: Float[Array, "B V"], state: DecodeState, choice: Choice) -> D
     keys = jax.vmap(jax.random.fold_in)(state.keys, position)
     token = sample(logits, seen, keys, choice.settings)
     seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-  done = state.done | jnp.any(token[:, None] == choice.eos, axis=-1)
+  # Not jnp.any over the last axis: a reduction is a kernel of its own, the few comparisons are part of another.
+  ends = [token == choice.eos[..., i] for i in range(choice.eos.shape[-1])]
+  done = functools.reduce(jnp.logical_or, ends, state.done)
   return state._replace(token=token, position=position, done=done, seen=seen)
 
 
-@partial(jax.jit, static_argnames=("structure", "cache_length"))
+@functools.partial(jax.jit, static_argnames=("structure", "cache_length"))
 def prefill(
   structure: Structure,
   weights: list[Array],
@@ -110,7 +112,7 @@ def prefill(
   return choose(logits, state, choice)
 
 
-@partial(jax.jit, static_argnames=("structure", "chunk"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("structure", "chunk"), donate_argnames=("state",))
 def decode(
   structure: Structure, weights: list[Array], state: DecodeState, choice: Choice, *, chunk: int
 ) -> tuple[DecodeState, Int32[Array, "B {chunk}"], Int32[Array, " B"]]:
@@ -122,8 +124,8 @@ def decode(
   # The number of steps is known, so XLA launches them without a look at the device. A loop that ended as soon as all
   # rows are done would send its predicate back to the host after every step, with the GPU idle until the answer; that
   # costs more than the few steps too many of the last chunk. With tokens written column by column, all of a step is
-  # kernels, and XLA makes one CUDA graph of it. The caller sees nothing of a program before it ends, and
-  # every call flattens hundreds of weights into arguments: hence chunks.
+  # kernels, and XLA makes one CUDA graph of it; lax.dynamic_update_slice of one row would be a copy instead. The caller
+  # sees nothing of a program before it ends, and every call flattens hundreds of weights into arguments: hence chunks.
   model = structure.merge(weights)
 
   rows = state.token.shape[0]
