@@ -8,6 +8,7 @@ here, once a `split`, and jit tells them apart by identity; weights travel as a 
 """
 
 import functools
+import threading
 from typing import Any
 
 import jax
@@ -34,7 +35,10 @@ class Structure:
 def split(model: nnx.Module) -> tuple[Structure, list[Array]]:
   """(structure, weights) such that structure.merge(weights) is the model; the weights are not copied."""
   weights, tree = jax.tree.flatten(nnx.split(model))
-  return _structure(tree), weights
+  with _LOCK:
+    return _structure(tree), weights
 
 
 _structure = functools.cache(Structure)
+# `cache` may call twice for two threads, and two structures of one model are two sets of programs.
+_LOCK = threading.Lock()

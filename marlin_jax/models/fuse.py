@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that read the same input become one: fewer and larger products for the same weights."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from marlin_jax.packing import concatenate, split
 
 _QKV, _QKV_PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 _GATE_UP, _GATE_UP_PARTS = "gate_up_proj", ("gate_proj", "up_proj")
+# Threads that begin to generate with one model at the same time all fuse it: the first does, the others wait.
+_FUSING = threading.Lock()
 
 
 def fuse(model: Decoder) -> Decoder:
@@ -25,16 +28,17 @@ def fuse(model: Decoder) -> Decoder:
 
   Float or quantized, the columns stay the same; those of a quantized gate and up are interleaved, and the layer gates
   its result itself. Where the parts cannot stand in one matrix (they differ in bits, group size, zero points or
-  act-order, or are not all quantized) they stay apart. `unfuse` takes it back.
+  act-order, or are not all quantized) they stay apart. `unfuse` takes it back. Several threads may call it at once.
 
   Returns:
     The model.
   """
-  for layer in model.layers:
-    _fuse(layer.attention, _QKV, _QKV_PARTS)
-    mlp = _mlp(layer)
-    _fuse_swiglu(mlp)
-    _fuse(mlp, _GATE_UP, _GATE_UP_PARTS)
+  with _FUSING:
+    for layer in model.layers:
+      _fuse(layer.attention, _QKV, _QKV_PARTS)
+      mlp = _mlp(layer)
+      _fuse_swiglu(mlp)
+      _fuse(mlp, _GATE_UP, _GATE_UP_PARTS)
   return model
 
 

@@ -87,7 +87,6 @@ class Engine:
     self.vocab_size = model.config.vocab_size
     self._model_config, self._dtype = model.config, model.dtype
     self._structure, self._weights = split(fuse(model))
-    self._programs = (programs.fill, programs.decode, programs.free)
     self.reset()
 
   def reset(self) -> None:
@@ -123,11 +122,6 @@ class Engine:
       jax.block_until_ready(results)
     self.free([0])
     self.reset()
-
-  @property
-  def compilations(self) -> int:
-    """How many programs have been compiled so far, in this process."""
-    return sum(program._cache_size() for program in self._programs)
 
   def fill(
     self,

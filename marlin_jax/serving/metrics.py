@@ -40,7 +40,7 @@ class _SchedulerCollector(Collector):
     for name, help, value in (
       (
         "recompilations",
-        "Programs compiled after the server was ready; always 0 unless it has a bug.",
+        "Programs that the server compiled after it was ready; always 0 unless it has a bug.",
         stats.recompilations,
       ),
       ("step_faults", "Steps of the model that failed.", stats.faults),

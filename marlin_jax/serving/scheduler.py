@@ -18,12 +18,15 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
+import jax
+
 from marlin_jax.serving.engine import Engine
 from marlin_jax.serving.request import Draining, GenerationRequest, QueueFull, Ticket, TokenEvent
 from marlin_jax.serving.slots import Slots
 
 _logger = logging.getLogger(__name__)
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX's, told in the thread that compiled
 _ABORT_SECONDS = 5.0  # what a chunk on the device may take when everything is being stopped
 
 
@@ -36,7 +39,7 @@ class SchedulerStats:
   cache_used: int  # positions that hold a token of a request
   decode_chunks: int
   decoded_rows: int  # slots that were decoding, summed over the chunks: over decode_chunks it is the mean batch
-  recompilations: int
+  recompilations: int  # programs that the scheduler's thread has compiled since it was ready; not what others compile
   faults: int
 
 
@@ -172,19 +175,24 @@ class Scheduler:
       raise ValueError(f"logprobs={request.logprobs} must be at most {c.max_logprobs}")
 
   def _run(self) -> None:
+    jax.monitoring.register_event_duration_secs_listener(self._count)
     try:
       self._engine.compile()
-      before = self._engine.compilations
       self._compiled.set()
       while self._wait():
         self._step()
-        self._recompilations = self._engine.compilations - before
     except Exception as error:
       _logger.exception("the scheduler ends")
       what = "the scheduler failed" if self._compiled.is_set() else "the model's programs do not compile"
       self._give_up(f"{what}: {_one_line(error)}")
     finally:
       self._compiled.set()
+      jax.monitoring.unregister_event_duration_listener(self._count)
+
+  def _count(self, event: str, seconds: float, **_) -> None:
+    # JAX tells of all that this process compiles: of another server, say, or of `generate` in another thread.
+    if event == _COMPILED and threading.current_thread() is self._thread and self._compiled.is_set():
+      self._recompilations += 1
 
   def _wait(self) -> bool:
     """Waits for something to do; whether there will be more."""

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from unittest.mock import Mock
 
@@ -18,7 +19,7 @@ from marlin_jax.generation.loop import generate_tokens
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.generation.weights import split
 from marlin_jax.models.decoder import Decoder
-from marlin_jax.models.fuse import fuse
+from marlin_jax.models.fuse import fuse, unfuse
 from marlin_jax.quantization import quantize
 
 NEW = 12
@@ -221,6 +222,22 @@ def test_one_new_token_compiles_prefill_alone(model, compiled):
   compiled.clear()
   continuations(new, PROMPTS, max_new_tokens=1)
   assert len(compiled) == 1
+
+
+def test_threads_that_begin_with_a_new_model_fuse_and_compile_it_once(model, compiled):
+  new = unfuse(new_model(model, 6e4))
+  compiled.clear()
+  together = threading.Barrier(4)
+
+  def rows(_):
+    together.wait(60)
+    return continuations(new, PROMPTS)
+
+  with ThreadPoolExecutor(4) as pool:
+    first, *others = pool.map(rows, range(4))
+  assert len(compiled) == 2
+  assert others == [first] * 3
+  assert first == [longhand(new, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("program", ["prefill", "decode"])

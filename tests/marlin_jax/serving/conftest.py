@@ -89,8 +89,6 @@ class ScriptedEngine(Engine):
     failing: names of methods that raise at their next call.
   """
 
-  compilations = 9  # never more
-
   def __init__(self, script, config=CONFIG, vocab_size=512):
     self.config, self.vocab_size, self.script = config, vocab_size, tuple(script)
     self.gate, self.seconds, self.failing = threading.Event(), 0.0, set()

@@ -186,6 +186,19 @@ def test_a_fault_fails_those_in_flight_and_the_next_ones_are_served(model, confi
   assert scheduler.drain(TIMEOUT)
 
 
+def test_a_recompilation_is_what_the_server_compiles_not_what_others_do_in_its_process(model, config):
+  engine = Engine(model, config)
+  scheduler = Scheduler(engine)
+  scheduler.start()
+  Engine(model, dataclasses.replace(config, slots=3)).free([0])  # another server's program, compiled in this thread
+  assert Client(scheduler, prompt=(1, 2, 3), max_new_tokens=20).result()[2].error is None
+  assert scheduler.stats.recompilations == 0
+  engine.config = dataclasses.replace(config, chunk=7)  # the control: a program that was not compiled before
+  assert Client(scheduler, prompt=(1, 2, 3), max_new_tokens=20).result()[2].error is None
+  assert scheduler.stats.recompilations == 1
+  assert scheduler.drain(TIMEOUT)
+
+
 def test_too_many_faults_in_a_row_end_it(model, config, monkeypatch):
   scheduler = Scheduler(Engine(model, config))
   scheduler.start()
