@@ -205,7 +205,7 @@ class ChainConfig:
     """Of columns that product i has; a program, or a cluster where K is split, has one of them or none, or several in
     turn if it does not share what it sums.
     """
-    return -(-problem.n // self.products[i].block_n)
+    return self.products[i].blocks(problem)
 
   def takes_turns(self, i: int, problem: MatmulProblem) -> bool:
     """Whether a program may have several blocks of product i: what one leaves in shared memory, the sums of a warpgroup

@@ -78,7 +78,7 @@ def matmul_hopper(
 
   Raises:
     ValueError: neither of config's block_k and the group size divides the other, config scales weights of groups of
-      half a tile or sums zeros that there are not; block_k is too short for its tiles, or the stages do not fit into
+      half a tile; block_k is too short for its tiles, or K for blocks that take turns; or the stages do not fit into
       shared memory.
   """
   (m, k), (groups, n) = x.shape, scales.shape
