@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -34,6 +35,7 @@ class TritonConfig:
     block_n: columns, a multiple of the layout's 64 that is a power of two.
     block_k: k per loop step, 64 or 128.
     split_k: programs that share one output block; each sums a run of K, a second pass adds the runs in order.
+    programs: so many programs share the steps of all columns equally, whatever columns these are of, instead; 0: no.
     num_warps, num_stages: Triton's threads / 32 and depth of its load pipeline.
   """
 
@@ -43,6 +45,7 @@ class TritonConfig:
   split_k: int
   num_warps: int
   num_stages: int
+  programs: int = 0
 
   def __post_init__(self):
     for name, allowed in dict(
@@ -52,6 +55,10 @@ class TritonConfig:
         raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
     if self.split_k < 1 or self.num_stages < 1:
       raise ValueError(f"split_k={self.split_k} and num_stages={self.num_stages} must be at least 1")
+    if self.programs < 0 or (self.programs and self.split_k > 1):
+      raise ValueError(
+        f"programs={self.programs} must not be negative, and 0 where split_k={self.split_k} is more than 1"
+      )
 
 
 def unsupported_reason(problem: MatmulProblem, device: Device) -> str | None:
@@ -144,32 +151,65 @@ def load_weights(w_ref, column, step, zeros=None, *, problem, config, use_asm):
 
 
 def _kernel(x_ref, w_ref, *refs, problem, config, use_asm):
-  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - z[k // group, n]).
+  """y[part, m, n] = sum over a part of k of x[m, k] * s[k // group, n] * (code[k, n] - z[k // group, n]).
 
   `sum_product` with dense weights; a step decodes four nibble planes, joined to w [block_n, block_k], in registers.
   """
   *group_refs, y_ref = refs  # scales, zeros and bias, those that there are
   bias_ref = group_refs.pop() if len(group_refs) > 1 + problem.zeros else None
-  column = pl.program_id(1)
 
-  def load(i, zeros=None):
+  def load(column, i, zeros=None):
     return load_weights(w_ref, column, i, zeros, problem=problem, config=config, use_asm=use_asm)
 
   sum_product(x_ref, group_refs, bias_ref, y_ref, load, problem=problem, config=config)
 
 
+def run_of_steps(config: TritonConfig, problem: MatmulProblem) -> tuple[int, int, int]:
+  """(steps of a column, blocks of columns, steps of a program)."""
+  steps, columns = -(-problem.k // config.block_k), layout.padded_shape(problem.k, problem.n)[1] // config.block_n
+  return steps, columns, -(-columns * steps // config.programs) if config.programs else -(-steps // config.split_k)
+
+
 def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
-  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (w[k, n] - z[k // group, n]).
+  """y[part, m, n] = sum over a part of k of x[m, k] * s[k // group, n] * (w[k, n] - z[k // group, n]).
 
-  The first run's sums begin with the bias, where there is one.
+  A program sums one of split_k parts of one block of columns:
 
-  One program: block_n columns x block_m rows x one of split_k runs of K. A step:
+    split_k = 2     columns 0   |0 . . . .|1 . . . .|    columns 1   |2 . . . .|3 . . . .|
+    programs = 3    columns 0   |0 . . . . . .|1 . .     columns 1   . . . .|2 . . . . . .|
+
+  or an equal share of all steps, which may begin in one block and end in the next: of 448 programs on 132
+  multiprocessors some have four and some three, and all wait for those with four.
+  """
+  steps, columns, run = run_of_steps(config, problem)
+  row, program = pl.program_id(0), pl.program_id(1)
+
+  def sum_part(**of_part):
+    _sum_part(x_ref, group_refs, bias_ref, y_ref, load, problem=problem, config=config, row=row, **of_part)
+
+  if not config.programs:
+    part = pl.program_id(2)
+    sum_part(column=program, part=part, first=part * run, end=(part + 1) * run)
+    return
+  begin = program * run
+  for i in range(2 if run <= steps else -(-run // steps) + 1):
+    column = lax.div(begin, steps) + i
+    first, end = jnp.maximum(begin - column * steps, 0), jnp.minimum(begin + run - column * steps, steps)
+    of_part = dict(column=column, part=program - lax.div(column * steps, run), first=first, end=end)
+    pl.when((first < end) & (column < columns))(functools.partial(sum_part, **of_part))
+
+
+def _sum_part(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config, row, column, part, first, end):
+  """Steps first to end, at most all, of a block of columns. The first part's sums begin with the bias, if there is one.
+
+  One program: block_n columns x block_m rows. A step:
 
     load    words of block_n x block_k codes and x [block_m, block_k]     (num_stages deep, 16 bytes a thread)
             the scales and zeros of the next step                         (a step ahead, by hand: Triton pipelines
                                                                           only what feeds a dot)
-    decode  w [block_n, block_k] = load(i), in natural order of n and k, times `decoded_factor`; less the zeros, if
-            there are any, times the same: by load(i, zeros) in a step of one group, if `subtracts_zeros`
+    decode  w [block_n, block_k] = load(column, i), in natural order of n and k, times `decoded_factor`; less the
+            zeros, if there are any, times the same: by load(column, i, zeros) in a step of one group, if
+            `subtracts_zeros`
     dot     partial [block_n, block_m] = w . x^T    weights on the left: on Hopper the register operand of wgmma, and
                                                     few rows of x cost a narrow instruction instead of padding to 64
     scale   acc += partial * s, in float32: block_m multiplications a column instead of block_k
@@ -177,9 +217,7 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
   The sums, with the bias in them, are divided by `decoded_factor` at the end, outside the loop: exact.
   """
   c, group_size, decoded = config, problem.group_size, decoded_factor(problem)
-  m0, n0, sk = pl.program_id(0) * c.block_m, pl.program_id(1) * c.block_n, pl.program_id(2)
-  steps = -(-problem.k // c.block_k)
-  steps_each = -(-steps // c.split_k)
+  m0, n0, steps = row * c.block_m, column * c.block_n, -(-problem.k // c.block_k)
   # A step inside one group has one scale a column; a step over several groups one dot for each, x masked to its k.
   groups_per_step = max(1, min(c.block_k, problem.k) // group_size)
   last_group = problem.k // group_size - 1
@@ -213,7 +251,7 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
     next_groups = load_groups(i + 1)
     groups = [(scale, *(points.astype(x_ref.dtype) for points in zeros)) for scale, *zeros in groups]
     decoder_subtracts = groups_per_step == 1 and subtracts_zeros(problem)
-    weights = load(i, groups[0][1]) if decoder_subtracts else load(i)
+    weights = load(column, i, groups[0][1]) if decoder_subtracts else load(column, i)
     for group, (scale, *zeros) in enumerate(groups):
       w = weights
       if zeros and not decoder_subtracts:
@@ -223,16 +261,15 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
       acc += partial * scale.astype(jnp.float32)[:, None]
     return acc, next_groups
 
-  first = sk * steps_each
   beginning = jnp.zeros((c.block_n, c.block_m), jnp.float32)
   if bias_ref is not None:
     fill = None if n_inside is None else 0.0
     bias = plt.load(bias_ref.at[pl.ds(n0, c.block_n)], mask=n_inside, other=fill).astype(jnp.float32)
-    beginning += jnp.where(sk == 0, bias * decoded, 0.0)[:, None]
-  acc, _ = lax.fori_loop(first, jnp.minimum(first + steps_each, steps), step, (beginning, load_groups(first)))
+    beginning += jnp.where(first == 0, bias * decoded, 0.0)[:, None]
+  acc, _ = lax.fori_loop(first, jnp.minimum(end, steps), step, (beginning, load_groups(first)))
   masks = ([] if m_inside is None else [m_inside[:, None]]) + ([] if n_inside is None else [n_inside[None, :]])
   mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (c.block_m, c.block_n)) if masks else None
-  index = y_ref.at[sk, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
+  index = y_ref.at[part, pl.ds(m0, c.block_m), pl.ds(n0, c.block_n)]
   plt.store(index, (acc * (1 / decoded)).T.astype(y_ref.dtype), mask=mask)
 
 
@@ -286,7 +323,7 @@ def unfit_reason(config, problem: MatmulProblem) -> str | None:
 
 
 def launch(kernel, operands, *, problem: MatmulProblem, config: TritonConfig, interpret: bool, name: str):
-  """y [m, n] by a kernel that writes [split_k, m, n] with `sum_product`.
+  """y [m, n] by a kernel that writes [parts, m, n] with `sum_product`.
 
   Raises:
     ValueError: config does not fit the problem; see `unfit_reason`.
@@ -294,16 +331,23 @@ def launch(kernel, operands, *, problem: MatmulProblem, config: TritonConfig, in
   if reason := unfit_reason(config, problem):
     raise ValueError(reason)
   m, n, x = problem.m, problem.n, operands[0]
-  n_padded = layout.padded_shape(problem.k, n)[1]
+  steps, columns, run = run_of_steps(config, problem)
+  # Of each block of columns: the programs from the one that has its first step to the one that has its last.
+  parts = np.array([((i + 1) * steps - 1) // run - i * steps // run + 1 for i in range(columns)])
+  parts = parts if config.programs else np.full(columns, config.split_k)
+  most = parts.max()
   partials = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((config.split_k, m, n), jnp.float32 if config.split_k > 1 else x.dtype),
-    grid=(-(-m // config.block_m), n_padded // config.block_n, config.split_k),
+    out_shape=jax.ShapeDtypeStruct((most, m, n), jnp.float32 if most > 1 else x.dtype),
+    grid=(-(-m // config.block_m), *((-(-columns * steps // run),) if config.programs else (columns, config.split_k))),
     compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
     interpret=interpret,
     name=name,
   )(*operands)
-  if config.split_k == 1:
+  if most == 1:
     return partials[0]
+  if parts.min() < most:
+    there = np.arange(most)[:, None] < np.repeat(parts, config.block_n)[:n]
+    partials = jnp.where(there[:, None], partials, 0.0)
   # In the order of K, so that the result is the same at every call; XLA fuses it with what follows.
   return partials.sum(0).astype(x.dtype)

@@ -93,15 +93,14 @@ def load_weights(w_ref, meta_ref, column, step, *, problem, config, use_asm):
 
 
 def _kernel(x_ref, w_ref, meta_ref, scales_ref, *refs, problem, config, use_asm):
-  """y[sk, m, n] = sum over the sk-th run of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
+  """y[part, m, n] = sum over a part of k of x[m, k] * s[k // group, n] * (code[k, n] - 8).
 
   `triton_matmul.sum_product` with 2:4 sparse weights. A step loads a row of tiles, 2 KiB of kept codes and 1 KiB of
   positions for 64 columns x 128 k, and expands them to w [block_n, 128] in registers.
   """
   bias_ref, y_ref = refs if len(refs) == 2 else (None, *refs)
-  column = pl.program_id(1)
 
-  def load(i):
+  def load(column, i):
     return load_weights(w_ref, meta_ref, column, i, problem=problem, config=config, use_asm=use_asm)
 
   triton_matmul.sum_product(x_ref, [scales_ref], bias_ref, y_ref, load, problem=problem, config=config)

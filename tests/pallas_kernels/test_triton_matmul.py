@@ -63,11 +63,14 @@ def test_every_kind_of_weight_lowers_for_an_h200(lower_for_h200, triton_ir, grou
     dict(num_warps=8),
     *(dict(split_k=split_k) for split_k in (2, 3, 5, 8)),
     dict(block_m=64, block_n=128, block_k=64, split_k=3),
+    *(dict(programs=programs) for programs in (1, 3, 4, 7, 13, 25)),
+    dict(block_n=128, programs=3),
   ],
   ids=str,
 )
 def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
-  # K = 640 is five steps of 128: no split but 5 divides it, and with 8 three programs have nothing to do.
+  # K = 640 is five steps of 128: no split but 5 divides it, and with 8 three programs have nothing to do. Four blocks
+  # of columns have 20 steps: 7 for each of three programs, 3 for each of seven, or 5, whole blocks, for each of four.
   x, codes, scales = problems.cancel(rng, 33, 640, 256, 5, BF16)
   config = dataclasses.replace(CONFIG, **change)
   y = matmul_triton(x, problems.packed(codes), scales, config=config, interpret=True)
@@ -78,8 +81,8 @@ def test_partial_sums_are_float32(rng):
   # Unscaled partial sums of 512 products 15 * 8000 are past the range of fp16; the result is not.
   x = jnp.concatenate([jnp.full((1, 512), 8000), jnp.full((1, 512), -8000)], 1).astype(jnp.float16)
   codes, scales = jnp.full((1024, 64), 15, jnp.uint8), jnp.ones((8, 64), jnp.float16)
-  for split_k in (1, 2):
-    config = dataclasses.replace(CONFIG, split_k=split_k)
+  for change in (dict(), dict(split_k=2), dict(programs=3)):
+    config = dataclasses.replace(CONFIG, **change)
     y = matmul_triton(x.at[0, 0].add(8), problems.packed(codes), scales, config=config, interpret=True)
     np.testing.assert_array_equal(y, jnp.full((1, 64), 56, jnp.float16))
 
@@ -92,6 +95,8 @@ def test_partial_sums_are_float32(rng):
     (dict(block_k=256), "block_k=256 must be one of"),
     (dict(num_warps=3), "num_warps=3 must be one of"),
     (dict(split_k=0), "split_k=0 and num_stages=3 must be at least 1"),
+    (dict(programs=-1), "programs=-1 must not be negative"),
+    (dict(programs=8, split_k=2), "programs=8 must not be negative, and 0 where split_k=2 is more than 1"),
   ],
 )
 def test_a_config_checks_itself(change, message):
