@@ -32,24 +32,37 @@ def ranked(problem: MatmulProblem, able: list[str]) -> list[str]:
 
 def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   """The config of the Triton kernel for `problem` on a GPU with `num_sms` multiprocessors."""
-  k, n = layout.padded_shape(problem.k, problem.n)
+  _, n = layout.padded_shape(problem.k, problem.n)
   block_m = next(block for block in (16, 32, 64, 128) if problem.m <= block or block == 128)
   # Wide blocks read x less often, narrow ones leave registers for many rows. Of 14336 x 4096 at M=16 128 columns take
   # 14.3 us and 64 16.3, of 4096 x 12288 12.5 and 13.2; at M=128 of 8192 x 28672 64 are best.
   block_n = 128 if block_m <= 64 and n % 128 == 0 else 64
   # A step of one group is best; a step over several needs a dot for each.
   block_k = 128 if problem.group_size % 128 == 0 or problem.group_size == problem.k else 64
-  # As many programs as fit beside each other, in powers of two.
-  programs = -(-problem.m // block_m) * (n // block_n)
-  most = (512 // block_n if block_m == 16 else 2) * num_sms
-  split_k = 1
-  while 2 * split_k * programs <= most and k // (2 * split_k) >= _SHORTEST_RUN:
-    split_k *= 2
+  programs = _triton_programs(problem, block_m, block_n, num_sms)
   # 76.9 against 81.6 us at M=64 of 8192 x 28672; where K is split, 4 warps are best.
-  num_warps = 8 if block_m == 64 and split_k == 1 else 4
+  num_warps = 8 if block_m == 64 and not programs else 4
   return TritonConfig(
-    block_m=block_m, block_n=block_n, block_k=block_k, split_k=split_k, num_warps=num_warps, num_stages=3
+    block_m=block_m, block_n=block_n, block_k=block_k, programs=programs, num_warps=num_warps, num_stages=3
   )
+
+
+def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, num_sms: int) -> int:
+  """As many as fit beside each other: parts of K in a power of two, or, where multiprocessors would get one more or
+  one less of those, equal runs of steps. Of 8192 x 28672 448 take 41.4 us at M=16, 512 39.4; at M=32 224 take 53.7 and
+  388 47.9. With 64 rows the second pass takes what is gained.
+  """
+  k, n = layout.padded_shape(problem.k, problem.n)
+  rows, columns = -(-problem.m // block_m), n // block_n
+  most = {16: 512 // block_n, 32: 3}.get(block_m, 2) * num_sms
+  parts = 1
+  while 2 * parts * rows * columns <= most and k // (2 * parts) >= _SHORTEST_RUN:
+    parts *= 2
+  programs = rows * columns * parts
+  uneven = programs < 0.9 * num_sms * -(-programs // num_sms)
+  if block_m <= 32 and uneven and columns <= most and columns * k // most >= _SHORTEST_RUN:
+    return most
+  return columns * parts if parts > 1 else 0
 
 
 def triton24_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
@@ -58,7 +71,8 @@ def triton24_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   """
   config = dataclasses.replace(triton_config(problem, num_sms), block_k=layout24.K_TILE, num_warps=4)
   if config.block_m == 16:
-    config = dataclasses.replace(config, block_n=64)
+    programs = _triton_programs(problem, 16, 64, num_sms)
+    config = dataclasses.replace(config, block_n=64, programs=programs)
   if problem.group_size < layout.TILE and config.block_m == 128:
     # A dot for each of a step's four groups: at 128 rows an H200 refuses the kernel, 398 KiB of shared memory.
     config = dataclasses.replace(config, block_m=64)
@@ -232,7 +246,7 @@ def candidates(implementation: str, problem: MatmulProblem, num_sms: int) -> lis
   elif implementation == "dequantize":
     respects = [[dict(num_warps=8)], [dict(block_n=128)]]
   else:
-    respects = _triton_changes(first)
+    respects = _triton_changes(first, problem, num_sms)
   changes = [respect[i] for i in range(max(map(len, respects))) for respect in respects if i < len(respect)]
   for i, one in enumerate(respects):
     changes += [a | b for other in respects[i + 1 :] for a in one for b in other]
@@ -261,9 +275,15 @@ def _hopper_changes(first: HopperConfig, problem: MatmulProblem, num_sms: int) -
   return [steps, partitions, where, [dict(unroll=not first.unroll)], [dict(programs=0)] if first.programs else []]
 
 
-def _triton_changes(first: TritonConfig) -> list[list[dict[str, Any]]]:
+def _triton_changes(first: TritonConfig, problem: MatmulProblem, num_sms: int) -> list[list[dict[str, Any]]]:
+  columns = layout.padded_shape(problem.k, problem.n)[1] // first.block_n
+  now = first.programs or columns
+  counts = {now * 2, now // 2, 2 * num_sms, 3 * num_sms, 4 * num_sms, columns}
+  nearest = sorted(
+    (count for count in counts if columns // 2 <= count <= 4 * now), key=lambda count: abs(count / now - 1)
+  )
   return [
-    [dict(split_k=s) for s in (2 * first.split_k, first.split_k // 2, 4 * first.split_k) if 1 <= s <= 16],
+    [dict(programs=count if count != columns else 0) for count in nearest],
     [dict(num_stages=s) for s in (4, 2, 5)],
     [dict(block_n=b) for b in (128, 64, 256)],
     [dict(num_warps=w) for w in (8, 2)],

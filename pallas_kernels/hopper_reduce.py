@@ -67,9 +67,9 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
         for j, value in enumerate([_silu_times(low, high)] if gated else [low, high]):
           value = value if dtype == value.type else arith.truncf(dtype, value)
           memref.store(value, y_ref, [m, arith.addi(row, mgpu.c(8 * j, index))])
-    if across_programs:
-      asm_void(_RELEASE)
     mgpu.utils.warpgroup_barrier()  # one thread arrives on the barrier for all
+    if across_programs:  # by the thread that arrives, after the others' stores: theirs come before its arrival, too
+      asm_void(_RELEASE)
 
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
 

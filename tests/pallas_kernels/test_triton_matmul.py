@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MatmulProblem, heuristics, layout
-from pallas_kernels.triton_matmul import TritonConfig, matmul_triton
+from pallas_kernels.triton_matmul import TritonConfig, matmul_triton, run_of_steps
 from tests.pallas_kernels import problems
 
 BF16 = jnp.dtype(jnp.bfloat16)
-CONFIG = TritonConfig(block_m=16, block_n=64, block_k=128, split_k=1, num_warps=4, num_stages=3)
+CONFIG = TritonConfig(block_m=16, block_n=64, block_k=128, programs=0, num_warps=4, num_stages=3)
 
 
 @pytest.mark.parametrize("dtype, fma", [(jnp.bfloat16, "fma.rn.bf16x2"), (jnp.float16, "fma.rn.f16x2")])
@@ -29,7 +29,9 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, tri
   args = shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
   lower_for_h200(functools.partial(matmul_triton, config=config), *args)
   (text,) = triton_ir
-  problems.assert_lean(text, fma, 4, max(1, config.block_k // group_size))
+  steps, _, run = run_of_steps(config, problem)
+  loops = 2 if steps % run else 1  # to the end of a block of columns, and on in the next
+  problems.assert_lean(text, fma, 4 * loops, max(1, config.block_k // group_size) * loops)
 
 
 @pytest.mark.parametrize("dtype, fma", [(jnp.bfloat16, "fma.rn.bf16x2"), (jnp.float16, "fma.rn.f16x2")])
@@ -61,16 +63,15 @@ def test_every_kind_of_weight_lowers_for_an_h200(lower_for_h200, triton_ir, grou
     dict(block_n=256),
     dict(block_k=64),
     dict(num_warps=8),
-    *(dict(split_k=split_k) for split_k in (2, 3, 5, 8)),
-    dict(block_m=64, block_n=128, block_k=64, split_k=3),
-    *(dict(programs=programs) for programs in (1, 3, 4, 7, 13, 25)),
+    *(dict(programs=programs) for programs in (1, 3, 4, 7, 8, 13, 20, 32)),
+    dict(block_m=64, block_n=128, block_k=64, programs=6),
     dict(block_n=128, programs=3),
   ],
   ids=str,
 )
 def test_configs_agree_bit_by_bit_where_arithmetic_is_exact(rng, change):
-  # K = 640 is five steps of 128: no split but 5 divides it, and with 8 three programs have nothing to do. Four blocks
-  # of columns have 20 steps: 7 for each of three programs, 3 for each of seven, or 5, whole blocks, for each of four.
+  # K = 640 is five steps of 128, and four blocks of columns have 20: 7 for each of three programs, 3 for each of seven,
+  # 5, whole blocks, for each of four, or one for each of twenty; of 32 twelve have nothing to do.
   x, codes, scales = problems.cancel(rng, 33, 640, 256, 5, BF16)
   config = dataclasses.replace(CONFIG, **change)
   y = matmul_triton(x, problems.packed(codes), scales, config=config, interpret=True)
@@ -81,7 +82,7 @@ def test_partial_sums_are_float32(rng):
   # Unscaled partial sums of 512 products 15 * 8000 are past the range of fp16; the result is not.
   x = jnp.concatenate([jnp.full((1, 512), 8000), jnp.full((1, 512), -8000)], 1).astype(jnp.float16)
   codes, scales = jnp.full((1024, 64), 15, jnp.uint8), jnp.ones((8, 64), jnp.float16)
-  for change in (dict(), dict(split_k=2), dict(programs=3)):
+  for change in (dict(), dict(programs=2), dict(programs=3)):
     config = dataclasses.replace(CONFIG, **change)
     y = matmul_triton(x.at[0, 0].add(8), problems.packed(codes), scales, config=config, interpret=True)
     np.testing.assert_array_equal(y, jnp.full((1, 64), 56, jnp.float16))
@@ -94,9 +95,8 @@ def test_partial_sums_are_float32(rng):
     (dict(block_n=32), "block_n=32 must be one of"),
     (dict(block_k=256), "block_k=256 must be one of"),
     (dict(num_warps=3), "num_warps=3 must be one of"),
-    (dict(split_k=0), "split_k=0 and num_stages=3 must be at least 1"),
-    (dict(programs=-1), "programs=-1 must not be negative"),
-    (dict(programs=8, split_k=2), "programs=8 must not be negative, and 0 where split_k=2 is more than 1"),
+    (dict(programs=-1), "programs=-1 must not be negative, and num_stages=3 at least 1"),
+    (dict(num_stages=0), "programs=0 must not be negative, and num_stages=0 at least 1"),
   ],
 )
 def test_a_config_checks_itself(change, message):
@@ -108,7 +108,7 @@ def test_a_config_checks_itself(change, message):
 @pytest.mark.parametrize("block_k", [64, 128])
 def test_a_step_over_several_groups_keeps_them_apart(rng, group_size, block_k):
   x, codes, scales = problems.random(rng, 5, 384, 64, 384 // group_size, BF16)
-  config = dataclasses.replace(CONFIG, block_k=block_k, split_k=2)
+  config = dataclasses.replace(CONFIG, block_k=block_k, programs=2)
   problems.assert_close(
     matmul_triton(x, problems.packed(codes), scales, config=config, interpret=True), x, codes, scales
   )
@@ -139,4 +139,5 @@ def test_heuristics_give_a_legal_config_for_every_problem():
     config = heuristics.triton_config(problem, num_sms)
     assert layout.padded_shape(k, n)[1] % config.block_n == 0
     assert group_size == k or group_size % config.block_k == 0 or config.block_k % group_size == 0
-    assert config.split_k == 1 or k // config.split_k >= 512
+    _, columns, run = run_of_steps(config, problem)
+    assert run * config.block_k >= min(512, k) and (not config.programs or config.programs >= columns)

@@ -21,7 +21,7 @@ H200 = Device(platform="cuda", kind="NVIDIA H200", num_sms=132)
 PROBLEM = MatmulProblem(m=13, n=384, k=1024, group_size=128, dtype=BF16)
 # Configs that no heuristic gives for the problem.
 HOPPER = HopperConfig(block_m=32, warpgroups_n=2, block_k=128, num_stages=3, split_k=4)
-TRITON = TritonConfig(block_m=64, block_n=128, block_k=64, split_k=3, num_warps=8, num_stages=2)
+TRITON = TritonConfig(block_m=64, block_n=128, block_k=64, programs=9, num_warps=8, num_stages=2)
 ROW = tuning.TunedRow(
   implementation="triton",
   m=16,
@@ -77,7 +77,7 @@ def test_a_table_is_read_as_it_was_written(write):
     (dict(config=dataclasses.asdict(TRITON) | {"block_q": 1}), r"row 0, config: there is no field 'block_q'"),
     (dict(config={"block_m": 16}), r"row 0, config: fields are missing: block_n, .*num_stages"),
     (dict(config=dataclasses.asdict(TRITON) | {"block_n": 96}), r"row 0: block_n=96 must be one of"),
-    (dict(config=dataclasses.asdict(TRITON) | {"split_k": True}), r"row 0, config: split_k=True must be of type int"),
+    (dict(config=dataclasses.asdict(TRITON) | {"programs": True}), r"row 0, config: programs=True must be of type int"),
     (dict(config=[]), r"row 0: config=\[\] must be of type dict"),
     (
       dict(implementation="cublas"),
