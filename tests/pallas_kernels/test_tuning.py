@@ -241,7 +241,7 @@ def test_sparse_weights_have_rows_of_their_own(shipped, write):
 
 def test_matmul_takes_the_config_of_the_table(shipped, write, lower_for_h200):
   text = lower_for_h200(functools.partial(matmul, implementation="triton", tuned=write(ROW)), *shapes_of(ROW))
-  assert "num_stages = 2 : i32, num_warps = 8 : i32" in text and "tensor<3x16x384xf32>" in text
+  assert "num_stages = 2 : i32, num_warps = 8 : i32" in text and "tensor<4x16x384xf32>" in text
 
 
 def test_every_shipped_table_parses_and_its_rows_are_found():
