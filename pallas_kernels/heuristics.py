@@ -283,7 +283,7 @@ def _triton_changes(first: TritonConfig, problem: MatmulProblem, num_sms: int) -
     (count for count in counts if columns // 2 <= count <= 4 * now), key=lambda count: abs(count / now - 1)
   )
   return [
-    [dict(programs=count if count != columns else 0) for count in nearest[:5]],
+    [dict(programs=count if count != columns else 0) for count in nearest[:4]],
     [dict(num_stages=s) for s in (4, 2, 5)],
     [dict(block_n=b) for b in (128, 64, 256)],
     [dict(num_warps=w) for w in (8, 2)],
