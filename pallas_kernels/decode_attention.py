@@ -49,6 +49,8 @@ def _rotate(first, second, cos, sin, dtype):
 
 def _visible_chunks(position, length, window):
   """(first, last) chunk that holds a key which the row sees; `last` is the new token's, also beyond the cache."""
+  if length <= _CHUNK:
+    return 0, 0  # static: the compiler sees how few blocks there are, and of 128 positions loads none within the loop
   last = jnp.minimum(lax.div(position, _CHUNK), math.ceil(length / _CHUNK) - 1)
   first = 0 if window is None else lax.div(jnp.maximum(position - window + 1, 0), _CHUNK)
   return jnp.minimum(first, last), last
@@ -137,7 +139,9 @@ def _attend_kernel(
       def add_block(i, carry):
         top, total, acc = carry
         at = i * _BLOCK + jnp.arange(_BLOCK)
-        seen = (at >= start) & (at < stop)
+        seen = at < stop
+        if window is not None:
+          seen &= at > position - window
 
         def load(ref, lane, size):
           mask = jnp.broadcast_to(seen[:, None], (_BLOCK, size))

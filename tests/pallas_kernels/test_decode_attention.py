@@ -78,7 +78,6 @@ def rope(position, head_dim=32):
     (256, [100, 127, 128, 129, 255], None),
     (256, [64, 128, 129, 255], 3),
     (256, [60, 200, 255], 130),
-    (600, [3, 128, 400, 599], None),
     (520, BORDERS, None),
     (520, BORDERS, 70),
   ],
@@ -100,9 +99,7 @@ def test_float16(rng):
   check((*problem(rng, 1, 64, dtype=jnp.float16), position, *rope(position)), interpret=True)
 
 
-@pytest.mark.parametrize(
-  ("batch", "length", "window"), [(4, 100, None), (4, 100, 50), (4, 300, None), (4, 300, 50), (MANY, 300, 50)]
-)
+@pytest.mark.parametrize(("batch", "length", "window"), [(4, 100, None), (4, 100, 50), (4, 300, None), (MANY, 300, 50)])
 def test_a_token_beyond_the_cache_is_not_written_and_stays_finite(rng, batch, length, window):
   qkv, keys, values = problem(rng, batch, length)
   position = jnp.array([length, 1000] * (batch // 2), jnp.int32)
@@ -117,17 +114,17 @@ def test_a_token_beyond_the_cache_is_not_written_and_stays_finite(rng, batch, le
   np.testing.assert_array_equal(cache, [keys[:2], values[:2]])
 
 
-# An empty chunk of `FEW` rows stores nothing, and the interpreter's memory is NaN until something is stored.
+# An empty chunk of few rows stores nothing, and the interpreter's memory is NaN until something is stored.
 @pytest.mark.parametrize(
-  ("batch", "length", "window"),
-  [(FEW, 200, None), (FEW, 520, None), (FEW, 520, 20), (FEW, 520, 300), (MANY, 300, None), (MANY, 520, 300)],
+  ("rows", "length", "window"),
+  [(FEW, 200, None), (FEW, 520, None), (FEW, 520, 300), (MANY // 2, 300, None), (MANY // 2, 520, 300)],
 )
-def test_what_lies_beyond_the_row_is_never_read(rng, batch, length, window):
-  rows = batch // 2  # the other half is the same rows, with NaN wherever they do not see
+def test_what_lies_beyond_the_row_is_never_read(rng, rows, length, window):
   qkv, keys, values = problem(rng, rows, length)
-  position = jnp.array([min(p, length - 1) for p in BORDERS] * (batch // FEW), jnp.int32)[:rows]
+  position = jnp.array([min(p, length - 1) for p in BORDERS] * (rows // FEW), jnp.int32)
   distance = position[:, None, None, None] - jnp.arange(length)[None, :, None, None]
   seen = distance > 0 if window is None else (distance > 0) & (distance < window)
+  # The rows, and the same rows with NaN wherever they do not see.
   poisoned = (jnp.concatenate([array, jnp.where(seen, array, jnp.nan)]) for array in (keys, values))
   qkv, position = jnp.concatenate([qkv, qkv]), jnp.concatenate([position, position])
   out, _, _ = decode_attention(qkv, *poisoned, position, *rope(position), window=window, interpret=True)
@@ -138,7 +135,7 @@ def test_what_lies_beyond_the_row_is_never_read(rng, batch, length, window):
 # A cache of one chunk and one of several, with a program for all chunks (`MANY`) or for each.
 @pytest.mark.parametrize(
   ("batch", "length", "window"),
-  [(FEW, 256, None), (FEW, 520, None), (FEW, 520, 300), (MANY, 520, None), (MANY, 520, 300)],
+  [(FEW, 256, None), (FEW, 520, None), (FEW, 520, 300), (MANY, 300, None), (MANY, 520, 300)],
 )
 def test_a_row_gets_the_same_bits_in_any_batch_and_any_length_of_cache(rng, batch, length, window):
   qkv, keys, values = problem(rng, batch, length)
