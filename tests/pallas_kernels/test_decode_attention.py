@@ -24,6 +24,11 @@ CONFIG = ModelConfig(
   max_position_embeddings=1024,
 )
 
+# Rows of two key heads: a few leave each program a chunk, so many give it all chunks of its row and head.
+FEW, MANY = 8, 64
+# In a cache of 520: nothing but the new token, a chunk's last position, the next one's first and second, the last.
+BORDERS = [0, 255, 256, 257, 511, 512, 519, 30]
+
 
 def problem(rng, batch, length, heads=4, kv_heads=2, head_dim=32, dtype=jnp.bfloat16):
   def normal(*shape):
@@ -73,8 +78,8 @@ def rope(position, head_dim=32):
     (256, [100, 127, 128, 129, 255], None),
     (256, [64, 128, 129, 255], 3),
     (256, [60, 200, 255], 130),
-    (600, [3, 128, 255, 256, 400, 511, 599], None),
-    (600, [3, 255, 256, 511, 599], 70),
+    (520, BORDERS, None),
+    (520, BORDERS, 70),
   ],
 )
 def test_the_kernel_is_rotation_write_and_attend(rng, length, positions, window):
@@ -94,55 +99,72 @@ def test_float16(rng):
   check((*problem(rng, 1, 64, dtype=jnp.float16), position, *rope(position)), interpret=True)
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("length", [100, 300])
-def test_a_token_beyond_the_cache_is_not_written_and_stays_finite(rng, length, window):
-  qkv, keys, values = problem(rng, 2, length)
-  position = jnp.array([length, 1000], jnp.int32)
+@pytest.mark.parametrize(("batch", "length", "window"), [(4, 100, None), (4, 100, 50), (4, 300, None), (MANY, 300, 50)])
+def test_a_token_beyond_the_cache_is_not_written_and_stays_finite(rng, batch, length, window):
+  qkv, keys, values = problem(rng, batch, length)
+  position = jnp.array([length, 1000] * (batch // 2), jnp.int32)
   run = functools.partial(decode_attention, window=window, interpret=True)
-  out, new_keys, new_values = run(qkv, keys, values, position, *rope(position))
+  arguments = qkv, keys, values, position, *rope(position)
+  out, new_keys, new_values = run(*arguments)
   assert jnp.isfinite(out.astype(jnp.float32)).all()
   np.testing.assert_array_equal(new_keys, keys)
   np.testing.assert_array_equal(new_values, values)
+  few, *cache = run(*(array[:2] for array in arguments))
+  np.testing.assert_array_equal(few, out[:2])
+  np.testing.assert_array_equal(cache, [keys[:2], values[:2]])
 
 
-@pytest.mark.parametrize(("length", "position", "window"), [(200, 100, None), (300, 100, None), (256, 200, 20)])
-def test_what_lies_beyond_the_row_is_never_read(rng, length, position, window):
-  qkv, keys, values = problem(rng, 1, length)
-  at = jnp.arange(length)[None, :, None, None]
-  poison = at >= position if window is None else (at >= position) | (at <= position - window)
-  position = jnp.array([position], jnp.int32)
-  run = functools.partial(decode_attention, window=window, interpret=True)
-  out, _, _ = run(qkv, keys, values, position, *rope(position))
-  poisoned = (jnp.where(poison, jnp.nan, array) for array in (keys, values))
-  np.testing.assert_array_equal(run(qkv, *poisoned, position, *rope(position))[0], out)
+# An empty chunk of few rows stores nothing, and the interpreter's memory is NaN until something is stored.
+@pytest.mark.parametrize(
+  ("rows", "length", "window"),
+  [(FEW, 200, None), (FEW, 520, None), (FEW, 520, 300), (MANY // 2, 300, None), (MANY // 2, 520, 300)],
+)
+def test_what_lies_beyond_the_row_is_never_read(rng, rows, length, window):
+  qkv, keys, values = problem(rng, rows, length)
+  position = jnp.array([min(p, length - 1) for p in BORDERS] * (rows // FEW), jnp.int32)
+  distance = position[:, None, None, None] - jnp.arange(length)[None, :, None, None]
+  seen = distance > 0 if window is None else (distance > 0) & (distance < window)
+  # The rows, and the same rows with NaN wherever they do not see.
+  poisoned = (jnp.concatenate([array, jnp.where(seen, array, jnp.nan)]) for array in (keys, values))
+  qkv, position = jnp.concatenate([qkv, qkv]), jnp.concatenate([position, position])
+  out, _, _ = decode_attention(qkv, *poisoned, position, *rope(position), window=window, interpret=True)
+  assert jnp.isfinite(out.astype(jnp.float32)).all()
+  np.testing.assert_array_equal(out[rows:], out[:rows])
 
 
-# A cache of one chunk, which needs no second kernel, and one of several.
-@pytest.mark.parametrize(("length", "positions"), [(256, [200, 30, 255]), (600, [400, 30, 599])])
-def test_a_row_gets_the_same_bits_in_any_batch_and_any_length_of_cache(rng, length, positions):
-  qkv, keys, values = problem(rng, 3, length)
-  position = jnp.array(positions, jnp.int32)
-  run = functools.partial(decode_attention, interpret=True)
-  together, _, _ = run(qkv, keys, values, position, *rope(position))
-  for row in range(3):
+# A cache of one chunk and one of several, with a program for all chunks (`MANY`) or for each.
+@pytest.mark.parametrize(
+  ("batch", "length", "window"),
+  [(FEW, 256, None), (FEW, 520, None), (FEW, 520, 300), (MANY, 300, None), (MANY, 520, 300)],
+)
+def test_a_row_gets_the_same_bits_in_any_batch_and_any_length_of_cache(rng, batch, length, window):
+  qkv, keys, values = problem(rng, batch, length)
+  position = jnp.array([min(p, length - 1) for p in BORDERS] * (batch // FEW), jnp.int32)
+  together, _ = check((qkv, keys, values, position, *rope(position)), window=window, interpret=True)
+  for row in range(batch - FEW, batch):
     one = slice(row, row + 1)
     longer = [jnp.pad(array[one], ((0, 0), (0, 500), (0, 0), (0, 0))) for array in (keys, values)]
-    alone, _, _ = run(qkv[one], *longer, position[one], *rope(position[one]))
+    alone, _, _ = decode_attention(
+      qkv[one], *longer, position[one], *rope(position[one]), window=window, interpret=True
+    )
     np.testing.assert_array_equal(alone, together[one])
 
 
-@pytest.mark.parametrize("length", [128, 256, 1000])
-def test_it_lowers_for_an_h200(lower_for_h200, length):
+# 16 rows of 8 key heads are enough programs for all chunks each; fewer have a chunk each, where there are several.
+@pytest.mark.parametrize(
+  ("batch", "length", "kernels"), [(1, 128, 1), (16, 128, 1), (15, 256, 1), (16, 2048, 1), (15, 2048, 2), (1, 1000, 2)]
+)
+@pytest.mark.parametrize("window", [None, 4096])
+def test_it_lowers_for_an_h200(lower_for_h200, batch, length, kernels, window):
   def shape(*dims, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(dims, dtype)
 
-  cache = shape(16, length, 8, 128)
-  angle = shape(16, 64, dtype=jnp.float32)
-  position = shape(16, dtype=jnp.int32)
-  run = functools.partial(decode_attention, window=4096)
-  text = lower_for_h200(run, shape(16, 48, 128), cache, cache, position, angle, angle)
-  assert text.count("__gpu$xla.gpu.triton") == (1 if length <= 256 else 2)
+  cache = shape(batch, length, 8, 128)
+  angle = shape(batch, 64, dtype=jnp.float32)
+  position = shape(batch, dtype=jnp.int32)
+  run = functools.partial(decode_attention, window=window)
+  text = lower_for_h200(run, shape(batch, 48, 128), cache, cache, position, angle, angle)
+  assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
 def test_what_it_cannot_do_it_says():
@@ -156,7 +178,16 @@ def test_what_it_cannot_do_it_says():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
   ("batch", "length", "window"),
-  [(1, 128, None), (16, 128, None), (128, 128, None), (8, 256, 100), (16, 2048, None), (4, 2048, 500)],
+  [
+    (1, 128, None),
+    (16, 128, None),
+    (128, 128, None),
+    (8, 256, 100),
+    (4, 2048, None),
+    (4, 2048, 500),
+    (16, 2048, None),
+    (16, 2048, 500),
+  ],
 )
 def test_on_a_gpu(rng, batch, length, window):
   position = jnp.asarray(rng.integers(0, length, batch), jnp.int32)
@@ -166,11 +197,27 @@ def test_on_a_gpu(rng, batch, length, window):
     np.testing.assert_array_equal(decode_attention(*arguments, window=window)[0], out)
 
 
+# Of 8 key heads: 3 rows have a program for each chunk, 16 one for all of a row and head.
 @pytest.mark.gpu
-def test_on_a_gpu_a_row_gets_the_same_bits_in_a_longer_cache(rng):
-  position = jnp.array([30, 128, 255], jnp.int32)
-  qkv, keys, values = problem(rng, 3, 256, 32, 8, 128)
-  longer = [jnp.pad(array, ((0, 0), (0, 500), (0, 0), (0, 0))) for array in (keys, values)]
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("batch", [3, 16])
+def test_on_a_gpu_a_row_gets_the_same_bits_in_a_longer_cache(rng, batch, window):
+  position = jnp.asarray([0, 30, 128, 255] * 4, jnp.int32)[-batch:]
+  qkv, keys, values = problem(rng, batch, 256, 32, 8, 128)
+  longer = [jnp.pad(array, ((0, 0), (0, 1792), (0, 0), (0, 0))) for array in (keys, values)]
   angles = rope(position, 128)
-  short, _, _ = decode_attention(qkv, keys, values, position, *angles)
-  np.testing.assert_array_equal(decode_attention(qkv, *longer, position, *angles)[0], short)
+  short, _, _ = decode_attention(qkv, keys, values, position, *angles, window=window)
+  np.testing.assert_array_equal(decode_attention(qkv, *longer, position, *angles, window=window)[0], short)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 700])
+def test_on_a_gpu_a_row_gets_the_same_bits_in_any_batch(rng, window):
+  borders = [0, 1, 63, 64, 255, 256, 257, 511, 512, 700, 1023, 1024, 1500, 2000, 2046, 2047]
+  position = jnp.array(borders, jnp.int32)
+  arguments = (*problem(rng, 16, 2048, 32, 8, 128), position, *rope(position, 128))
+  together = decode_attention(*arguments, window=window)
+  for row in range(16):
+    alone = decode_attention(*(array[row : row + 1] for array in arguments), window=window)
+    for one, all_rows in zip(alone, together, strict=True):
+      np.testing.assert_array_equal(one[0], all_rows[row])
