@@ -15,8 +15,8 @@ Config = HopperConfig | TritonConfig | DequantizeConfig
 _NEAR = 1.25  # what is to be measured: as far from the best as the estimate of its time may err
 _SHORTEST_RUN = 512  # k that a program should have at the least when K is split
 # Rows of x from which `dequantize` goes before the Triton kernel of dense and of 2:4 sparse weights. Of 8192 x 28672 an
-# H200 writes the dense weight in 144 us (2:4: 202). With the bfloat16 product that is 326, 446 and 742 us at M = 256,
-# 512 and 1024 (384, 504, 800); the Triton kernels take 261, about 480 and 956 (511, about 1000, 2005).
+# H200 writes the dense weight in 144 us (2:4: 202). With the bfloat16 product that is 324, 476 and 759 us at M = 256,
+# 512 and 1024 (374, 525, 805); the Triton kernels take 251, 444 and 926 (567, 1071, 2096).
 _DEQUANTIZE_FROM = 512
 _DEQUANTIZE_FROM_SPARSE24 = 256
 _MOST_CHAINED_ROWS = 16
@@ -39,7 +39,7 @@ def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   block_n = 128 if block_m <= 64 and n % 128 == 0 else 64
   # A step of one group is best; a step over several needs a dot for each.
   block_k = 128 if problem.group_size % 128 == 0 or problem.group_size == problem.k else 64
-  programs = _triton_programs(problem, block_m, block_n, num_sms)
+  programs = _triton_programs(problem, block_m, block_n, block_k, num_sms)
   # 76.9 against 81.6 us at M=64 of 8192 x 28672; where K is split, 4 warps are best.
   num_warps = 8 if block_m == 64 and not programs else 4
   return TritonConfig(
@@ -47,20 +47,24 @@ def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   )
 
 
-def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, num_sms: int) -> int:
+def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, block_k: int, num_sms: int) -> int:
   """As many as fit beside each other: parts of K in a power of two, or, where multiprocessors would get one more or
-  one less of those, equal runs of steps. Of 8192 x 28672 448 take 41.4 us at M=16, 512 39.4; at M=32 224 take 53.7 and
-  388 47.9. With 64 rows the second pass takes what is gained.
+  one less of those, equal runs of steps. Of 8192 x 28672 448 take 41.4 us at M=16, 512 39.2; at M=32 224 take 53.7 and
+  388 48.0. With 64 rows the second pass takes what is gained.
   """
   k, n = layout.padded_shape(problem.k, problem.n)
-  rows, columns = -(-problem.m // block_m), n // block_n
+  rows, columns, steps = -(-problem.m // block_m), n // block_n, k // block_k
   most = {16: 512 // block_n, 32: 3}.get(block_m, 2) * num_sms
   parts = 1
   while 2 * parts * rows * columns <= most and k // (2 * parts) >= _SHORTEST_RUN:
     parts *= 2
   programs = rows * columns * parts
   uneven = programs < 0.9 * num_sms * -(-programs // num_sms)
-  if block_m <= 32 and uneven and columns <= most and columns * k // most >= _SHORTEST_RUN:
+  run = -(-columns * steps // most)
+  # With 16 rows four programs fit if they take 128 registers. Where runs end within columns ptxas gives them 128 only
+  # if steps are a power of two and the run is even, else 167: 512 programs of 5120 x 27648 take 39.6 us.
+  fit = block_m == 32 or steps % run == 0 or (steps & (steps - 1) == 0 and run % 2 == 0)
+  if block_m <= 32 and uneven and columns <= most and run * block_k >= _SHORTEST_RUN and fit:
     return most
   return columns * parts if parts > 1 else 0
 
@@ -71,7 +75,7 @@ def triton24_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
   """
   config = dataclasses.replace(triton_config(problem, num_sms), block_k=layout24.K_TILE, num_warps=4)
   if config.block_m == 16:
-    programs = _triton_programs(problem, 16, 64, num_sms)
+    programs = _triton_programs(problem, 16, 64, config.block_k, num_sms)
     config = dataclasses.replace(config, block_n=64, programs=programs)
   if problem.group_size < layout.TILE and config.block_m == 128:
     # A dot for each of a step's four groups: at 128 rows an H200 refuses the kernel, 398 KiB of shared memory.
