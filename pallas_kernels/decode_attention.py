@@ -2,8 +2,8 @@
 """Attention of one new token a row over a key-value cache, Triton-lowered: rotates, writes the cache, attends.
 
     attend    a softmax of its own over each chunk of 256 positions, merged in the order of the positions. One program
-              takes a row and key head with all chunks where that alone fills the GPU, else with one. The program that
-              has the new token's chunk also rotates and stores the new key and stores the new value.
+              takes a row and key head with all chunks where that alone fills the GPU and chunks are few, else with one.
+              The program that has the new token's chunk also rotates and stores the new key and stores the new value.
     combine   where the programs had a chunk each: merges the chunks of a row, in the same order.
 
 Chunks and blocks lie at the same positions whatever the batch and the length of the cache, only those that hold keys
@@ -28,6 +28,9 @@ _BLOCK = 64
 # So many programs fill a GPU (an H200 has 132 multiprocessors; 16 rows of 8 key heads are these): more of them, with a
 # chunk each, would only start, find nothing where the row is short, and cost the second kernel.
 _FILLING_PROGRAMS = 128
+# A program is alone with the keys of its row, and the longest row keeps all others waiting: with 2048 positions in use
+# by every row it takes 40 us, as many as chunks apart.
+_MOST_CHUNKS = 8
 _NOTHING = -1e30  # the maximum over no scores: finite, so that no difference of two of them is NaN
 
 
@@ -212,7 +215,8 @@ def decode_attention(
   """
   batch, length, kv_heads, head_dim = keys.shape
   heads = qkv.shape[1] - 2 * kv_heads
-  parts = 1 if batch * kv_heads >= _FILLING_PROGRAMS else math.ceil(length / _CHUNK)
+  chunks = math.ceil(length / _CHUNK)
+  parts = 1 if batch * kv_heads >= _FILLING_PROGRAMS and chunks <= _MOST_CHUNKS else chunks
   cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
   partial = jax.ShapeDtypeStruct((batch, parts, heads), jnp.float32)
   acc, top, total, keys, values = pl.pallas_call(

@@ -152,7 +152,8 @@ def test_a_row_gets_the_same_bits_in_any_batch_and_any_length_of_cache(rng, batc
 
 # 16 rows of 8 key heads are enough programs for all chunks each; fewer have a chunk each, where there are several.
 @pytest.mark.parametrize(
-  ("batch", "length", "kernels"), [(1, 128, 1), (16, 128, 1), (15, 256, 1), (16, 2048, 1), (15, 2048, 2), (1, 1000, 2)]
+  ("batch", "length", "kernels"),
+  [(1, 128, 1), (16, 128, 1), (15, 256, 1), (16, 2048, 1), (15, 2048, 2), (1, 1000, 2), (16, 2049, 2)],
 )
 @pytest.mark.parametrize("window", [None, 4096])
 def test_it_lowers_for_an_h200(lower_for_h200, batch, length, kernels, window):
