@@ -123,9 +123,10 @@ def decode(
   """
   # The number of steps is known, so XLA launches them without a look at the device. A loop that ended as soon as all
   # rows are done would send its predicate back to the host after every step, with the GPU idle until the answer; that
-  # costs more than the few steps too many of the last chunk. With tokens written column by column, all of a step is
-  # kernels, and XLA makes one CUDA graph of it; lax.dynamic_update_slice of one row would be a copy instead. The caller
-  # sees nothing of a program before it ends, and every call flattens hundreds of weights into arguments: hence chunks.
+  # costs more than the few steps too many of the last chunk. With tokens selected by column, all of a step is kernels,
+  # and XLA makes one CUDA graph of it; lax.dynamic_update_slice of one row would be a copy instead, and `at[].set` a
+  # kernel more, which asks whether the column is inside. The caller sees nothing of a program before it ends, and every
+  # call flattens hundreds of weights into arguments: hence chunks.
   model = structure.merge(weights)
 
   rows = state.token.shape[0]
@@ -135,7 +136,8 @@ def decode(
     hidden, cache = model.hidden(state.token[:, None], state.position, state.cache)
     after = choose(model.logits(hidden[:, 0]), state._replace(cache=cache), choice)
     # A row that is done never starts again, so its tokens are the first counts[b] columns.
-    return after, tokens.at[:, step].set(after.token), jnp.where(state.done, counts, counts + 1)
+    tokens = jnp.where(jnp.arange(chunk) == step, after.token[:, None], tokens)
+    return after, tokens, jnp.where(state.done, counts, counts + 1)
 
   start = (state, jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32))
   return jax.lax.fori_loop(0, chunk, decode_step, start)

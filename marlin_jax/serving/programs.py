@@ -137,7 +137,8 @@ def decode(
     after = choose(logits, state._replace(cache=cache), choice)
     if needs.logprobs:
       logprobs = jax.tree.map(lambda all, one: all.at[:, i].set(one), logprobs, _logprobs(logits, after.token, top))
-    return after, tokens.at[:, i].set(after.token), jnp.where(state.done, counts, counts + 1), logprobs
+    tokens = jnp.where(jnp.arange(chunk) == i, after.token[:, None], tokens)
+    return after, tokens, jnp.where(state.done, counts, counts + 1), logprobs
 
   empty = None
   if needs.logprobs:
