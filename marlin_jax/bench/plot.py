@@ -118,11 +118,11 @@ def serve_figure(rows: Sequence[Row]) -> Any:
       late = [float(row[f"{time}_p99_ms"]) for row in of_weights]
       panel.plot(rates, late, ":", color=line.get_color(), label=f"{weights}, 99th percentile")
     panel.set(title=f"{name}, ms", xlabel="requests a second", ylim=(0, None))
-  panels[0].legend(frameon=False, fontsize=7)
+  figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="lower center")
   first = rows[0]
   tokens = f"{first['prompt_tokens']} tokens in, {first['new_tokens']} out, {first['slots']} slots"
   figure.suptitle(f"{first['model']}, {tokens}, {first['device']}, JAX {first['jax_version']}", fontsize=9)
-  figure.tight_layout()
+  figure.tight_layout(rect=(0, 0.07, 1, 1))  # the legend is below
   return figure
 
 
@@ -133,7 +133,7 @@ def _figure(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row]], None], yla
   import matplotlib.pyplot as plt
 
   shapes: dict[tuple[int, int], list[Row]] = defaultdict(list)
-  for row in rows:
+  for row in sorted(rows, key=lambda row: int(row["m"])):  # rows that were measured later stand at a table's end
     shapes[int(row["k"]), int(row["n"])].append(row)
   figure, panels = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 3.1), sharey=True, squeeze=False)
   for panel, ((k, n), shape_rows) in zip(panels[0], shapes.items(), strict=True):

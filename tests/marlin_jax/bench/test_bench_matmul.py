@@ -12,7 +12,7 @@ import pytest
 from marlin_jax.bench import matmul as bench
 from marlin_jax.bench import operands
 from marlin_jax.bench.matmul import bench_matmul
-from marlin_jax.bench.plot import plot, read_rows, roofline_figure
+from marlin_jax.bench.plot import plot, read_rows, roofline_figure, speedup_figure
 from marlin_jax.bench.timing import copies_for_cold_l2
 from pallas_kernels import Device, MatmulProblem, layout, layout24
 from pallas_kernels.reference import matmul_reference
@@ -57,6 +57,13 @@ def test_the_roof_is_that_of_the_run(h200_rows):
   assert hopper[0, 0] / bf16[0, 0] == pytest.approx(3.87, abs=0.05)
   for points in lines.values():
     assert (points[:, 1] < 1.05 * np.minimum(peak, slope * points[:, 0])).all()
+  plt.close(figure)
+
+
+def test_a_line_goes_from_batch_to_batch_whatever_the_order_of_rows(h200_rows):
+  figure = speedup_figure(h200_rows[::-1])
+  lines = [line.get_xdata() for panel in figure.axes for line in panel.get_lines() if len(line.get_xdata()) > 2]
+  assert len(lines) >= 4 * 7 and all((np.diff(batches) > 0).all() for batches in lines)
   plt.close(figure)
 
 
