@@ -49,11 +49,11 @@ def triton_config(problem: MatmulProblem, num_sms: int) -> TritonConfig:
 
 def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, block_k: int, num_sms: int) -> int:
   """As many as fit beside each other: parts of K in a power of two, or, where multiprocessors would get one more or
-  one less of those, equal runs of steps. Of 8192 x 28672 448 take 41.4 us at M=16, 512 39.2; at M=32 224 take 53.7 and
-  388 48.0. With 64 rows the second pass takes what is gained.
+  one less of those, equal runs of steps. Of 8192 x 28672 448 take 41.2 us at M=16, 512 39.4; at M=32 224 take 53.7 and
+  388 48.0. With 64 rows it does not pay: 224 take 73.9, 264 82.3.
   """
   k, n = layout.padded_shape(problem.k, problem.n)
-  rows, columns, steps = -(-problem.m // block_m), n // block_n, k // block_k
+  rows, columns, steps = -(-problem.m // block_m), n // block_n, -(-problem.k // block_k)
   most = {16: 512 // block_n, 32: 3}.get(block_m, 2) * num_sms
   parts = 1
   while 2 * parts * rows * columns <= most and k // (2 * parts) >= _SHORTEST_RUN:
@@ -62,7 +62,7 @@ def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, block_k
   uneven = programs < 0.9 * num_sms * -(-programs // num_sms)
   run = -(-columns * steps // most)
   # With 16 rows four programs fit if they take 128 registers. Where runs end within columns ptxas gives them 128 only
-  # if steps are a power of two and the run is even, else 167: 512 programs of 5120 x 27648 take 39.6 us.
+  # if steps are a power of two and the run is even, else 167: 509 programs of 5120 x 27648 take 39.6 us.
   fit = block_m == 32 or steps % run == 0 or (steps & (steps - 1) == 0 and run % 2 == 0)
   if block_m <= 32 and uneven and columns <= most and run * block_k >= _SHORTEST_RUN and fit:
     return most
