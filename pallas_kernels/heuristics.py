@@ -61,10 +61,7 @@ def _triton_programs(problem: MatmulProblem, block_m: int, block_n: int, block_k
   programs = rows * columns * parts
   uneven = programs < 0.9 * num_sms * -(-programs // num_sms)
   run = -(-columns * steps // most)
-  # With 16 rows four programs fit if they take 128 registers. Where runs end within columns ptxas gives them 128 only
-  # if steps are a power of two and the run is even, else 167: 509 programs of 5120 x 27648 take 39.6 us.
-  fit = block_m == 32 or steps % run == 0 or (steps & (steps - 1) == 0 and run % 2 == 0)
-  if block_m <= 32 and uneven and columns <= most and run * block_k >= _SHORTEST_RUN and fit:
+  if block_m <= 32 and uneven and columns <= most and run * block_k >= _SHORTEST_RUN:
     return most
   return columns * parts if parts > 1 else 0
 

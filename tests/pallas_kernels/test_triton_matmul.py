@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MatmulProblem, heuristics, layout
-from pallas_kernels.triton_matmul import TritonConfig, matmul_triton, run_of_steps
+from pallas_kernels.triton_matmul import TritonConfig, loops_of_columns, matmul_triton, run_of_steps
 from tests.pallas_kernels import problems
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -29,8 +29,7 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, tri
   args = shape((m, k), dtype), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), dtype)
   lower_for_h200(functools.partial(matmul_triton, config=config), *args)
   (text,) = triton_ir
-  steps, _, run = run_of_steps(config, problem)
-  loops = 2 if steps % run else 1  # to the end of a block of columns, and on in the next
+  loops = loops_of_columns(config, problem)
   problems.assert_lean(text, fma, 4 * loops, max(1, config.block_k // group_size) * loops)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MatmulProblem, heuristics, layout24
-from pallas_kernels.triton_matmul import TritonConfig, run_of_steps
+from pallas_kernels.triton_matmul import TritonConfig, loops_of_columns
 from pallas_kernels.triton_matmul24 import matmul_triton24
 from tests.pallas_kernels import problems
 
@@ -30,8 +30,7 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, tri
   args = shape((m, k), dtype), *words, shape((k // group_size, n), dtype)
   lower_for_h200(functools.partial(matmul_triton24, config=config), *args)
   (text,) = triton_ir
-  steps, _, run = run_of_steps(config, problem)
-  loops = 2 if steps % run else 1  # to the end of a block of columns, and on in the next
+  loops = loops_of_columns(config, problem)
   problems.assert_lean(text, fma, 4 * loops, max(1, config.block_k // group_size) * loops)
 
 
