@@ -195,7 +195,9 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles and a cluster as many again: a tile takes 0.22 us.
+  counts as 1.4 tiles and a cluster as 4: a tile takes 0.22 us. Reading 64 k of x counts as 0.03 where programs are too
+  few to keep memory busy: two parts of K and a cluster instead of four parts, for half the x, take 83.1 instead of 86.1
+  us of a layer of Qwen2.5-32B at M=16, whose 5120 columns are 80 programs (docs/kernel.md).
   """
   clusters, products, programs = num_sms // 2, [], 0
   if problems[0].m > _MOST_CHAINED_ROWS:
@@ -208,10 +210,13 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
         partition = warpgroups_n, warpgroups_k, split_k
         shared = split_k * warpgroups_k > 1
         short = k // (split_k * warpgroups_k) < _SHORTEST_RUN and shared
-        turns[partition] = -(-n // (layout.TILE * warpgroups_n) // (clusters * 2 // split_k))
+        blocks = -(-n // (layout.TILE * warpgroups_n))
+        turns[partition] = -(-blocks // (clusters * 2 // split_k))
         if not short and (turns[partition] == 1 or (i == 1 and not shared)):  # ChainConfig.takes_turns
-          each = -(-k // (problem.tile_k * warpgroups_k * split_k))
-          tiles[partition] = turns[partition] * each + 1.4 * (warpgroups_k > 1) + 1.4 * (split_k > 1)
+          each = turns[partition] * -(-k // (problem.tile_k * warpgroups_k * split_k))
+          if blocks * split_k < 0.75 * num_sms:
+            each += 0.03 * k / (layout.TILE * split_k)
+          tiles[partition] = each + 1.4 * (warpgroups_k > 1) + 4 * (split_k > 1)
     if not tiles:
       return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
     best = min(tiles, key=tiles.get)
