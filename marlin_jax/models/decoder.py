@@ -63,9 +63,11 @@ class Decoder(nnx.Module):
     x = self.embed(tokens)
     projected = self.layers[0].project(x)
     keys, values = [], []
+    # In which the programs of each layer's attention count themselves; it comes back as it was.
+    arrivals = [jnp.zeros((len(tokens), self.config.num_kv_heads), jnp.int32)] if fused else []
     for layer, after, *cached in zip(self.layers, self._after(), cache.keys, cache.values, strict=True):
-      x, normed, projected, (layer_keys, layer_values) = layer(
-        x, projected, positions, rope, tuple(cached), *after, fused=fused
+      x, normed, projected, (layer_keys, layer_values, *arrivals) = layer(
+        x, projected, positions, rope, (*cached, *arrivals), *after, fused=fused
       )
       keys.append(layer_keys)
       values.append(layer_values)

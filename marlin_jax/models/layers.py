@@ -102,14 +102,15 @@ class Attention(nnx.Module):
     projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
-    cached: tuple[Array, Array] | None,
+    cached: tuple[Array, ...] | None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T HD"], tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T HD"], tuple[Array, ...]]:
     """Attend among the tokens (cached is None), or write their keys and values into `cached` and attend to it.
 
     Without a cache the tokens stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
-    values attended to. `fused` takes the kernel for one token a row, which needs a cache.
+    values attended to. `fused` takes the kernel for one token a row, which needs a cache, and beside keys and values
+    in `cached` the zeros in which its programs count themselves.
     """
     queries, keys, values = self._heads(projected)
     if fused:
@@ -173,12 +174,12 @@ class DecoderLayer(nnx.Module):
     projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
-    cached: tuple[Array, Array] | None,
+    cached: tuple[Array, ...] | None,
     norm: nnx.RMSNorm | None = None,
     following: "DecoderLayer | None" = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, Projected | None, tuple[Array, Array]]:
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, Projected | None, tuple[Array, ...]]:
     """(x, norm(x), projected, cached) after this layer, of x and what its attention projected of it.
 
     Args:
