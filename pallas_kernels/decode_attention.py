@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one new token a row over a key-value cache, Triton-lowered: rotates, writes the cache, attends.
 
-    program (row, key head, chunk)      a softmax of its own over the chunk's 256 positions; the program that has the new
-                                        token's chunk also rotates and stores the new key and stores the new value
-    the last of those of a row and      merges what they left in device memory, in the order of the positions, so that
-    key head to arrive                  it does not matter who was last
+    program (row, key head, chunk)    a softmax of its own over the chunk's 256 positions; the program that has the new
+                                      token's chunk also rotates and stores the new key and stores the new value
+    the last of those of a row and    merges what they left in device memory, in the order of the positions, so that it
+    key head to arrive                does not matter who was last
 
 A program whose chunk holds nothing that the row sees leaves at once, and one that has all the row sees asks nobody.
 Chunks and blocks lie at the same positions whatever the batch and the length of the cache: what a row gets depends on
@@ -206,9 +206,7 @@ def decode_attention(
   *,
   window: int | None = None,
   interpret: bool = False,
-) -> tuple[
-  Float[Array, "B queries D"], Float[Array, "B S Hkv D"], Float[Array, "B S Hkv D"], Int32[Array, "B Hkv"]
-]:
+) -> tuple[Float[Array, "B queries D"], Float[Array, "B S Hkv D"], Float[Array, "B S Hkv D"], Int32[Array, "B Hkv"]]:
   """softmax(q k^T / sqrt(D)) v for one new token a row, and the cache with its key and value written.
 
   Query head i attends to key head i // (H / Hkv). Scores, softmax and sums are float32; the numerator is rounded to

@@ -193,8 +193,8 @@ def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
       x_ref, leading_byte_offset=0, stride_byte_offset=strides[0] * 2, swizzle=_SWIZZLE
     )
     low, high = (arith.trunci(i32, word) for word in (descriptor, arith.shrui(descriptor, mgpu.c(32, descriptor.type))))
-    # Plus a zero that ptxas does not know to be one: where it knows the high half, it writes it anew before every wgmma,
-    # three instructions for a descriptor instead of one and a half. 54.6 and 53.7 us at M=64.
+    # Plus a zero that ptxas does not know to be one: where it knows the high half, it writes it anew before every
+    # wgmma, three instructions for a descriptor instead of one and a half. 54.6 and 53.7 us at M=64.
     high = arith.addi(high, llvm.inline_asm(i32, [], "mov.u32 $0, %ctaid.z;", "=r"))
     fragment = [mgpu.utils.bitcast(pair, i32) for pair in w.registers.flat]
     sums = None if acc is None else _scalars(acc)
