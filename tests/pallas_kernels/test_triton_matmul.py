@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import MatmulProblem, heuristics, layout
+from pallas_kernels import MatmulProblem, heuristics, layout, matmul
 from pallas_kernels.triton_matmul import TritonConfig, loops_of_columns, matmul_triton, run_of_steps
 from tests.pallas_kernels import problems
 
@@ -31,6 +31,25 @@ def test_every_config_the_heuristic_gives_lowers_for_an_h200(lower_for_h200, tri
   (text,) = triton_ir
   loops = loops_of_columns(config, problem)
   problems.assert_lean(text, fma, 4 * loops, max(1, config.block_k // group_size) * loops)
+
+
+# sm_80 and sm_89, on which nobody has timed it (docs/tuning.md): the program that `matmul` takes there.
+@pytest.mark.parametrize("card, num_sms", [("NVIDIA A100", 108), ("NVIDIA L4", 58)])
+@pytest.mark.parametrize("m", [1, 17, 64, 257])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_what_older_cards_take_lowers_for_them(triton_ir, card, num_sms, m, group_size):
+  k, n = 5120, 7168
+  problem = MatmulProblem(m=m, n=n, k=k, group_size=group_size, dtype=BF16)
+  config = heuristics.triton_config(problem, num_sms)
+  shape = jax.ShapeDtypeStruct
+  args = shape((m, k), BF16), shape(layout.qweight_shape(k, n), jnp.int16), shape((k // group_size, n), BF16)
+  device = jax.sharding.AbstractDevice(device_kind=card, platform="cuda", num_cores=num_sms)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    text = jax.jit(matmul).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("__gpu$xla.gpu.triton") == 1
+  (kernel,) = triton_ir
+  loops = loops_of_columns(config, problem)
+  problems.assert_lean(kernel, "fma.rn.bf16x2", 4 * loops, max(1, config.block_k // group_size) * loops)
 
 
 @pytest.mark.parametrize("dtype, fma", [(jnp.bfloat16, "fma.rn.bf16x2"), (jnp.float16, "fma.rn.f16x2")])
