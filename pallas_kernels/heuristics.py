@@ -195,9 +195,9 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles and a cluster as 4: a tile takes 0.22 us. Reading 64 k of x counts as 0.03 where programs are too
-  few to keep memory busy: two parts of K and a cluster instead of four parts, for half the x, take 83.1 instead of 86.1
-  us of a layer of Qwen2.5-32B at M=16, whose 5120 columns are 80 programs (docs/kernel.md).
+  counts as 1.4 tiles and a cluster as 4: a tile takes 0.22 us. Where few programs leave memory idle, each 64 k of x
+  that they read counts as 0.03. That is fitted, not explained (docs/kernel.md): two parts of K and a cluster instead of
+  four parts take 83.1 instead of 86.1 us at M=16 where 5120 columns have a K of 27648, and lose where it is 13824.
   """
   clusters, products, programs = num_sms // 2, [], 0
   if problems[0].m > _MOST_CHAINED_ROWS:

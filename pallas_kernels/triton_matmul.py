@@ -171,7 +171,7 @@ def loops_of_columns(config: TritonConfig, problem: MatmulProblem) -> int:
   One after the other they count pointers up, one within a loop over columns computes them at every step, 20 of 316
   instructions: 38.9 and 40.1 us at M=16 of 8192 x 28672. But with 16 rows four programs must fit beside each other,
   which takes 128 registers, and ptxas gives those to two loops only where steps are a power of two and the run even,
-  else 167: 51.5 and 39.9 us at M=16 of 6656 x 35328.
+  else 167: 57.6 and 40.1 us at M=16 of 6656 x 35328.
   """
   steps, _, run = run_of_steps(config, problem)
   few_registers = steps & (steps - 1) == 0 and run % 2 == 0
@@ -211,10 +211,11 @@ def sum_product(x_ref, group_refs, bias_ref, y_ref, load, *, problem, config):
     sum_part(column=column, part=program - lax.div(column * steps, run), first=first, end=end)
 
   first_column, past_column = lax.div(begin, steps), lax.div(stop + steps - 1, steps)
-  if loops_of_columns(config, problem) == 1:
+  loops = loops_of_columns(config, problem)
+  if loops == 1:
     lax.fori_loop(first_column, past_column, of_column, None)
   else:
-    for column in (first_column + i for i in range(loops_of_columns(config, problem))):
+    for column in (first_column + i for i in range(loops)):
       pl.when(column < past_column)(functools.partial(of_column, column))
 
 

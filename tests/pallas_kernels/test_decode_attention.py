@@ -51,9 +51,8 @@ def reference(qkv, keys, values, position, cos, sin, *, window=None):
   return out.reshape(q[:, 0].shape), keys, values
 
 
-def decode_attention(qkv, keys, *others, **options):
-  """Of zeros in which programs count themselves; they must be zeros again after it."""
-  values, *others = others
+def decode_attention(qkv, keys, values, *others, **options):
+  """With zeros in which programs count themselves; they must be zeros again after it."""
   arrivals = jnp.zeros((keys.shape[0], keys.shape[2]), jnp.int32)
   *results, arrivals = decode_attention_with_arrivals(qkv, keys, values, arrivals, *others, **options)
   np.testing.assert_array_equal(arrivals, 0)
