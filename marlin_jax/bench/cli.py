@@ -49,7 +49,8 @@ def add_commands(commands: Any) -> None:
   matmul.add_argument("--sparse24", action="store_true", help="the kernels of 2:4 sparse weights, too")
   matmul.add_argument("--output", type=Path, help="CSV file to write")
   matmul.add_argument("--tuned", type=Path, help="table of `marlin-jax tune` to use before the shipped one")
-  matmul.set_defaults(run=lambda a: bench_matmul(_shapes(a), a.batches, a.output, a.tuned, sparse24=a.sparse24))
+  matmul.add_argument("--implementations", nargs="+", metavar="NAME", help="of the table, hopper say (default: all)")
+  matmul.set_defaults(run=_bench_matmul)
   model = bench.add_parser("model", help="a whole model's prefill and decode, bfloat16 against 4 bits")
   model.add_argument("model", help=f"config.json, or one of {', '.join(MODELS)}; the weights are random")
   model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
@@ -105,6 +106,11 @@ def _shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
   shapes = [shape for text in arguments.shapes or () for shape in parse_shapes(text)]
   shapes += () if arguments.model is None else shapes_of_model(read_shape(arguments.model))
   return list(dict.fromkeys(shapes)) or list(LAYERS)
+
+
+def _bench_matmul(arguments: argparse.Namespace) -> None:
+  options = dict(sparse24=arguments.sparse24, implementations=arguments.implementations)
+  bench_matmul(_shapes(arguments), arguments.batches, arguments.output, arguments.tuned, **options)
 
 
 def _tune(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ def bench_matmul(
   tuned: Path | None = None,
   *,
   sparse24: bool = False,
+  implementations: Sequence[str] | None = None,
 ) -> None:
   """Measures every shape at every batch size, with every kernel there is for this GPU; prints rows and writes a CSV.
 
@@ -47,8 +48,10 @@ def bench_matmul(
     output: the CSV to write; rows that it has of what is not measured now stay.
     tuned: a table of configs that goes before the shipped one.
     sparse24: measure the kernels of 2:4 sparse weights, too; "NAME, 2:4" in the table, their limit is their own.
+    implementations: nothing but these, by their names in the table; None is all.
 
   Raises:
+    ValueError: there is no kernel of a name for a shape on this device.
     NotImplementedError: there is no NVIDIA GPU; a CPU timing says nothing about a kernel.
     RuntimeError: a wrong result, or a time beyond the hardware's ceilings.
   """
@@ -62,7 +65,7 @@ def bench_matmul(
   for k, n in shapes:
     xs = [random_x(_problem(m, n, k)) for m in batches]
     dense = _dense(k, n)
-    contestants = _contestants(k, n, device, tuned, sparse24)
+    contestants = _contestants(k, n, device, tuned, sparse24, implementations)
     # Before anything is measured: compiling runs programs on the GPU too, to choose among them.
     products = _compile(jnp.dot, xs, dense[0])
     compiled = [_compile(contestant.function, xs, *contestant.weights[0]) for contestant in contestants]
@@ -124,8 +127,10 @@ class Contestant(NamedTuple):
   packed: tuple[Array | None, ...]
 
 
-def _contestants(k: int, n: int, device: Device, tuned: Path | None, sparse24: bool) -> list[Contestant]:
-  """All kernels for weights of this shape on the device, and XLA's int4."""
+def _contestants(
+  k: int, n: int, device: Device, tuned: Path | None, sparse24: bool, names: Sequence[str] | None
+) -> list[Contestant]:
+  """All kernels for weights of this shape on the device, and XLA's int4; or those of these names."""
   found = []
   for sparse in (False, True)[: 1 + sparse24]:
     problem = _problem(1, n, k, sparse24=sparse)
@@ -139,7 +144,10 @@ def _contestants(k: int, n: int, device: Device, tuned: Path | None, sparse24: b
     if not sparse:
       codes = [(_int4(qweight, k, n), scales) for qweight, scales in weights]
       found.append(Contestant(XLA_INT4, XLA_INT4, False, _xla_int4, codes, weights[0]))
-  return found
+  for name in names or ():
+    if name not in (labels := [contestant.label for contestant in found]):
+      raise ValueError(f"implementations={names}: {name!r} must be one of {labels}")
+  return [contestant for contestant in found if names is None or contestant.label in names]
 
 
 def _problem(m: int, n: int, k: int, *, sparse24: bool = False) -> MatmulProblem:

@@ -2,6 +2,7 @@
 """The keys and values a decoder has seen, in buffers of fixed length: one compiled program serves every step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from marlin_jax.models.config import ModelConfig
 _Buffer = Array | jax.ShapeDtypeStruct | jax.stages.ArgInfo
 
 
+class Row(NamedTuple):
+  """The first `length` positions of one row of a buffer."""
+
+  buffer: Float[Array, "rows S Hkv D"]
+  index: Int[Array, ""]
+  length: int
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCache:
@@ -22,8 +31,8 @@ class KVCache:
   How far each row is filled is the caller's knowledge: it passes `start` to `Decoder.hidden`.
   """
 
-  keys: tuple[Float[_Buffer, "B S Hkv D"], ...]
-  values: tuple[Float[_Buffer, "B S Hkv D"], ...]
+  keys: tuple[Float[_Buffer, "B S Hkv D"] | Row, ...]
+  values: tuple[Float[_Buffer, "B S Hkv D"] | Row, ...]
 
   @classmethod
   def empty(cls, config: ModelConfig, batch: int, length: int, dtype=jnp.bfloat16) -> "KVCache":
@@ -39,11 +48,13 @@ class KVCache:
     """How many positions each row has room for."""
     return self.keys[0].shape[1]
 
-  def head(self, row: Int[Array, ""], length: int) -> "KVCache":
-    """The first `length` positions of one row, as a cache of one row: what a prompt that ends there can see."""
-    return jax.tree.map(
-      lambda buffer: jax.lax.dynamic_slice(buffer, (row, 0, 0, 0), (1, length, *buffer.shape[2:])), self
-    )
+  def row(self, index: Int[Array, ""], length: int) -> "KVCache":
+    """The first `length` positions of one row, as a cache of one row, which is read and written where it is."""
+    return jax.tree.map(lambda buffer: Row(buffer, index, length), self)
+
+  def whole(self) -> "KVCache":
+    """The cache of which this is a `row`."""
+    return jax.tree.map(lambda row: row.buffer, self, is_leaf=lambda leaf: isinstance(leaf, Row))
 
   def extended(self, length: int) -> "KVCache":
     """The same keys and values with room for `length` positions a row, at least as many as now; zeros in the new."""
@@ -51,9 +62,22 @@ class KVCache:
 
 
 def write(
-  buffer: Float[Array, "B S Hkv D"], new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
-) -> Float[Array, "B S Hkv D"]:
+  buffer: Float[Array, "B S Hkv D"] | Row, new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
+) -> Float[Array, "B S Hkv D"] | Row:
   """buffer[b, start[b] + t] = new[b, t]; positions beyond the buffer are dropped, never shifted back inside."""
   rows = jnp.arange(new.shape[0])[:, None]
   positions = start[:, None] + jnp.arange(new.shape[1])
-  return buffer.at[rows, positions].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+  whole = buffer.buffer if isinstance(buffer, Row) else buffer
+  if isinstance(buffer, Row):
+    rows += buffer.index
+    positions = jnp.where(positions < buffer.length, positions, whole.shape[1])
+  whole = whole.at[rows, positions].set(new.astype(whole.dtype), mode="drop", unique_indices=True)
+  return buffer._replace(buffer=whole) if isinstance(buffer, Row) else whole
+
+
+def read(buffer: Float[Array, "B S Hkv D"] | Row) -> Float[Array, "B S Hkv D"]:
+  """The keys or values of all positions, or of those of a row."""
+  if not isinstance(buffer, Row):
+    return buffer
+  whole, index, length = buffer
+  return jax.lax.dynamic_slice(whole, (index, 0, 0, 0), (1, length, *whole.shape[2:]))

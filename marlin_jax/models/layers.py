@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
-from marlin_jax.models.kv_cache import write
+from marlin_jax.models.kv_cache import Row, write
+from marlin_jax.models.kv_cache import read as read_cache
 from marlin_jax.models.mlp import MLP, MoE
 from marlin_jax.models.residual import after_attention, between_attentions, onto, read
 from marlin_jax.nnx import QuantLinear
@@ -16,6 +17,7 @@ from pallas_kernels import DeferredNorm, layout
 from pallas_kernels.decode_attention import decode_attention
 
 Projected = tuple[Float[Array, "B T _"], ...]  # queries, keys and values; one array after `fuse`
+Cached = tuple[Array | Row, ...]  # keys and values of a layer, and after them what its attention counts in
 Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
 
 
@@ -102,10 +104,10 @@ class Attention(nnx.Module):
     projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
-    cached: tuple[Array, ...] | None,
+    cached: Cached | None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T HD"], tuple[Array, ...]]:
+  ) -> tuple[Float[Array, "B T HD"], Cached]:
     """Attend among the tokens (cached is None), or write their keys and values into `cached` and attend to it.
 
     Without a cache the tokens stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
@@ -124,7 +126,8 @@ class Attention(nnx.Module):
       if cached is not None:
         start = positions[:, 0]
         keys, values = write(cached[0], keys, start), write(cached[1], values, start)
-      attended, cached = attend(queries, keys, values, positions, self.window), (keys, values)
+      attended = attend(queries, read_cache(keys), read_cache(values), positions, self.window)
+      cached = keys, values
     return attended, cached
 
   def project(self, x: Float[Array, "B T E"] | DeferredNorm) -> Projected:
@@ -174,12 +177,12 @@ class DecoderLayer(nnx.Module):
     projected: Projected,
     positions: Int[Array, "B T"],
     rope: Rope,
-    cached: tuple[Array, ...] | None,
+    cached: Cached | None,
     norm: nnx.RMSNorm | None = None,
     following: "DecoderLayer | None" = None,
     *,
     fused: bool = False,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, Projected | None, tuple[Array, ...]]:
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"] | DeferredNorm | None, Projected | None, Cached]:
     """(x, norm(x), projected, cached) after this layer, of x and what its attention projected of it.
 
     Args:

@@ -2,19 +2,19 @@
 """Slots on the device: rows of the key-value cache and of the decode state; free, being filled, or decoding.
 
 All shapes are fixed by the ServingConfig. Which program fills a chunk of a prompt depends on where the chunk ends: it
-sees the slot up to the next power of two. Which decode program runs depends on what the slots ask for (greedy, drawing,
-drawing from a part of the vocabulary, the same with log-probabilities). `compile` compiles and runs each of them once,
-and after that nothing compiles.
+sees the slot up to the next power of two. Which program chooses a first token, and which one decodes, depends on what
+the request, or the slots, ask for (greedy, drawing, drawing from a part of the vocabulary, the same with
+log-probabilities). `compile` compiles and runs each of them once, and after that nothing compiles.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from marlin_jax.generation.compilation import compile_in_threads
 from marlin_jax.generation.programs import DecodeState
@@ -70,8 +70,14 @@ class ServingConfig:
     return tuple((visible, min(visible, self.prefill_chunk)) for visible in (*powers, self.context))
 
 
-# Every combination that `Engine.decode` picks from: more than is asked for is harmless, so not all are compiled.
+# Every combination that is compiled: more than is asked for is harmless.
 _PROGRAMS = (Needs(), Needs(draws=True), Needs(draws=True, cuts=True), Needs(draws=True, cuts=True, logprobs=True))
+
+
+def _program_for(needs: Needs) -> Needs:
+  """The first that does all that is needed."""
+  wanted = ("draws", "cuts", "logprobs")
+  return next(program for program in _PROGRAMS if all(getattr(program, f) >= getattr(needs, f) for f in wanted))
 
 
 class Engine:
@@ -87,6 +93,7 @@ class Engine:
     self.vocab_size = model.config.vocab_size
     self._model_config, self._dtype = model.config, model.dtype
     self._structure, self._weights = split(fuse(model))
+    (self._device,) = self._weights[0].devices()
     self.reset()
 
   def reset(self) -> None:
@@ -104,67 +111,102 @@ class Engine:
     settings = jax.tree.map(lambda setting: jnp.full(rows, setting), dataclasses.replace(GREEDY.arrays(), cuts=True))
     eos = jnp.full((rows, self.config.max_eos), -1, jnp.int32)
     # Placed where the weights are, as what the programs give back is: for an array that is not, jit compiles anew.
-    (device,) = self._weights[0].devices()
-    self._slots = jax.device_put(Slots(state=state, settings=settings, eos=eos), device)
+    self._slots = jax.device_put(Slots(state=state, settings=settings, eos=eos), self._device)
 
   def compile(self) -> None:
     """Compiles every program, and runs each once, so that nothing is compiled later; the slots are free afterwards."""
 
     def calls() -> Iterator[partial]:
       for visible, width in self.config.fills:
-        yield self._fill(0, [0] * width, visible - width, last=False, sampling=GREEDY, eos_token_ids=())
+        yield self._fill(0, [0] * width, visible - width)
+      hidden = jax.device_put(np.zeros((1, self._model_config.hidden_size), self._dtype), self._device)
+      for needs in _PROGRAMS:
+        yield self._begin(0, [0], hidden, needs, GREEDY, ())
       yield from map(self._decode, _PROGRAMS)
 
     for future in compile_in_threads(call.func.lower(*call.args, **call.keywords) for call in calls()):
       future.result()
-    for call in calls():
-      self._slots, *results = call()
-      jax.block_until_ready(results)
+    for visible, width in self.config.fills:
+      hidden = self.fill(0, [0] * width, visible - width)
+    for needs in _PROGRAMS:
+      self._slots, *_ = self._begin(0, [0], hidden, needs, GREEDY, ())()
+      jax.block_until_ready(self.decode(needs))
     self.free([0])
     self.reset()
 
-  def fill(
-    self,
-    slot: int,
-    tokens: list[int],
-    start: int,
-    *,
-    last: bool,
-    sampling: Sampling,
-    eos_token_ids: tuple[int, ...],
-  ) -> tuple[Int32[Array, ""], Logprobs]:
+  def fill(self, slot: int, tokens: list[int], start: int) -> Float[Array, "1 E"]:
     """Runs `tokens`, at most `prefill_chunk`, the prompt's from position `start` on, into a slot.
 
-    Returns the first token of the continuation and its log-probabilities, which mean something if this was the last
-    chunk; from then on the slot decodes.
+    Returns the hidden state of the last of them, which `begin` wants of a prompt's last chunk.
     """
-    call = self._fill(slot, tokens, start, last=last, sampling=sampling, eos_token_ids=eos_token_ids)
-    self._slots, token, logprobs = call()
-    return token, logprobs
+    cache, position, hidden = self._fill(slot, tokens, start)()
+    self._slots = self._slots._replace(state=self._slots.state._replace(cache=cache, position=position))
+    return hidden
 
-  def _fill(
-    self, slot: int, tokens: list[int], start: int, *, last: bool, sampling: Sampling, eos_token_ids: tuple[int, ...]
-  ) -> partial:
+  def _fill(self, slot: int, tokens: list[int], start: int) -> partial:
     """The call of the program that fills this chunk; the slots of this moment are among its arguments."""
     visible, width = next(fill for fill in self.config.fills if fill[0] >= start + len(tokens))
-    padded, eos = np.zeros(width, np.int32), np.full(self.config.max_eos, -1, np.int32)
-    padded[: len(tokens)], eos[: len(eos_token_ids)] = tokens, eos_token_ids
-    settings = dataclasses.replace(sampling.arrays(), cuts=True)
+    state, padded = self._slots.state, np.zeros(width, np.int32)
+    padded[: len(tokens)] = tokens
     return partial(
       programs.fill,
       self._structure,
       self._weights,
-      self._slots,
+      state.cache,
+      state.position,
       np.int32(slot),
       padded,
       np.int32(start),
       np.int32(len(tokens)),
-      np.bool_(last),
-      np.uint32(sampling.seed),
-      settings,
-      eos,
       visible=visible,
-      top=self.config.max_logprobs,
+    )
+
+  def begin(
+    self,
+    slot: int,
+    prompt: tuple[int, ...],
+    hidden: Float[Array, "1 E"],
+    *,
+    sampling: Sampling,
+    eos_token_ids: tuple[int, ...],
+    logprobs: bool,
+  ) -> tuple[Int32[Array, ""], Logprobs | None]:
+    """The first token of the continuation, and its log-probabilities if wanted; from now on the slot decodes.
+
+    Args:
+      prompt: all of it.
+      hidden: what `fill` of its last chunk returned.
+    """
+    needs = Needs(draws=not sampling.greedy, cuts=sampling.cuts, logprobs=logprobs)
+    self._slots, token, of_token = self._begin(slot, prompt, hidden, _program_for(needs), sampling, eos_token_ids)()
+    return token, of_token
+
+  def _begin(
+    self,
+    slot: int,
+    prompt: Sequence[int],
+    hidden: Array,
+    needs: Needs,
+    sampling: Sampling,
+    eos_token_ids: Sequence[int],
+  ) -> partial:
+    """The call of the program with these needs; the slots of this moment are among its arguments."""
+    padded, eos = np.zeros(self.config.context, np.int32), np.full(self.config.max_eos, -1, np.int32)
+    padded[: len(prompt)], eos[: len(eos_token_ids)] = prompt, eos_token_ids
+    return partial(
+      programs.begin,
+      self._structure,
+      self._weights,
+      self._slots,
+      np.int32(slot),
+      hidden,
+      padded,
+      np.int32(len(prompt)),
+      np.uint32(sampling.seed),
+      dataclasses.replace(sampling.arrays(), cuts=True),
+      eos,
+      needs=needs,
+      top=self.config.max_logprobs if needs.logprobs else 0,
     )
 
   def decode(self, needs: Needs) -> tuple[Int32[Array, "B chunk"], Int32[Array, " B"], Logprobs | None]:
@@ -174,12 +216,10 @@ class Engine:
 
   def _decode(self, needs: Needs) -> partial:
     """The call of the program that does all that is needed."""
-    program = next(
-      p for p in _PROGRAMS if all(getattr(p, f) >= getattr(needs, f) for f in ("draws", "cuts", "logprobs"))
-    )
-    top = self.config.max_logprobs if program.logprobs else 0
+    needs = _program_for(needs)
+    top = self.config.max_logprobs if needs.logprobs else 0
     return partial(
-      programs.decode, self._structure, self._weights, self._slots, needs=program, chunk=self.config.chunk, top=top
+      programs.decode, self._structure, self._weights, self._slots, needs=needs, chunk=self.config.chunk, top=top
     )
 
   def free(self, slots: list[int]) -> None:

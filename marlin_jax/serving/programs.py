@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled programs of the server: they take the state of all slots and give it back, updated in place.
 
-    fill     one chunk of one slot's prompt through the model; the last chunk chooses the first token
+    fill     one chunk of one slot's prompt through the model
+    begin    the first token behind the last chunk: the slot decodes
     decode   a chunk of steps of all slots at once; free ones run along, and what they compute is thrown away
     free     slots that decode no longer
 
@@ -14,11 +15,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from marlin_jax.generation.programs import Choice, DecodeState, choose
 from marlin_jax.generation.sampling import SamplingArrays
 from marlin_jax.generation.weights import Structure
+from marlin_jax.models.kv_cache import KVCache
 
 
 class Logprobs(NamedTuple):
@@ -39,7 +41,7 @@ class Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-  """What the slots ask of a decode step; each combination is a program."""
+  """What the slots ask of a decode step, or a request of its first token; each combination is a program."""
 
   draws: bool = False
   cuts: bool = False
@@ -54,68 +56,84 @@ def _logprobs(logits: Float32[Array, "B V"], token: Int32[Array, " B"], top: int
   )
 
 
-@partial(jax.jit, static_argnames=("structure", "visible", "top"), donate_argnames=("slots",))
+@partial(jax.jit, static_argnames=("structure", "visible"), donate_argnames=("cache", "position"))
 def fill(
   structure: Structure,
   weights: list[Array],
-  slots: Slots,
+  cache: KVCache,
+  position: Int32[Array, " B"],
   slot: Array,
   tokens: Int32[Array, " T"],
   start: Array,
   count: Array,
-  last: Array,
-  seed: Array,
-  settings: SamplingArrays,
-  eos: Int32[Array, " E"],
   *,
   visible: int,
-  top: int,
-) -> tuple[Slots, Int32[Array, ""], Logprobs]:
+) -> tuple[KVCache, Int32[Array, " B"], Float[Array, "1 E"]]:
   """Runs `tokens[:count]`, which stand at `start` and after, into one slot.
 
   Of the slot's cache the first `visible` positions are read and written, and start + count must not exceed them: the
   attention of a chunk costs what it can see, and not what the slot could hold.
 
-  Returns the slots, the first token of the continuation and its log-probabilities; both mean something if this is the
-  `last` chunk of the prompt, and only then does the slot decode from now on.
+  Returns the cache and the positions, of which the slot's is behind the chunk: a slot that does not decode yet runs
+  along, and what it writes there is written over. And the hidden state of the last token, for `begin`.
   """
   model = structure.merge(weights)
+  # Padding is to the right: no token of the prompt attends to it, and what comes next is written over it.
+  hidden, rows = model.hidden(tokens[None], start[None], cache.row(slot, visible))
+  return rows.whole(), position.at[slot].set(start + count), hidden[:, count - 1]
 
-  def row(array: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, slot, 1)
+
+@partial(jax.jit, static_argnames=("structure", "needs", "top"), donate_argnames=("slots",))
+def begin(
+  structure: Structure,
+  weights: list[Array],
+  slots: Slots,
+  slot: Array,
+  hidden: Float[Array, "1 E"],
+  prompt: Int32[Array, " S"],
+  count: Array,
+  seed: Array,
+  settings: SamplingArrays,
+  eos: Int32[Array, " eos"],
+  *,
+  needs: Needs,
+  top: int,
+) -> tuple[Slots, Int32[Array, ""], Logprobs | None]:
+  """A slot decodes from now on, whose prompt is `prompt[:count]` and of whose last token `fill` returned `hidden`.
+
+  Not part of `fill`, so that a prompt's program is there once, and a greedy request sorts no vocabulary.
+
+  Returns the slots, the first token of the continuation and, if needed, its log-probabilities.
+  """
+  logits = structure.merge(weights).logits(hidden)
 
   def put(array: Array, value: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, value.astype(array.dtype), slot, 0)
 
-  state = slots.state
-  # Padding is to the right: no token of the prompt attends to it, and what comes next is written over it.
-  hidden, cache = model.hidden(tokens[None], start[None], state.cache.head(slot, visible))
-  logits = model.logits(hidden[:, count - 1])
-  seen = row(state.seen) & (start > 0)
-  inside = jnp.arange(tokens.shape[0]) < count
-  seen = seen.at[0, jnp.where(inside, tokens, seen.shape[1])].set(True, mode="drop")
-  settings_row = jax.tree.map(lambda setting: jnp.asarray(setting)[None], settings)
+  state, vocab_size = slots.state, logits.shape[-1]
+  inside = jnp.where(jnp.arange(prompt.shape[0]) < count, prompt, vocab_size)
+  settings = jax.tree.map(lambda setting: jnp.asarray(setting)[None], settings)
   before = DecodeState(
-    cache=cache,
-    token=tokens[count - 1][None],
-    position=(start + count - 1)[None],
+    cache=state.cache,
+    token=prompt[count - 1][None],
+    position=(count - 1)[None],
     done=jnp.zeros(1, bool),
-    seen=seen,
+    seen=jnp.zeros((1, vocab_size), bool).at[0, inside].set(True, mode="drop"),
     # As `generate` has it for its first row: the same request gives the same tokens there and here.
     keys=jax.random.fold_in(jax.random.key(seed), 0)[None],
   )
-  after = choose(logits, before, Choice(settings=settings_row, eos=eos[None]))
-  after = after._replace(
-    done=after.done | ~last, seen=jnp.where(last, after.seen, seen), cache=jax.tree.map(put, state.cache, after.cache)
-  )
+  chosen = dataclasses.replace(settings, cuts=needs.cuts) if needs.draws else None
+  after = choose(logits, before, Choice(settings=chosen, eos=eos[None]))
   keys = jax.random.wrap_key_data(put(jax.random.key_data(state.keys), jax.random.key_data(after.keys)))
   others = {name: put(getattr(state, name), getattr(after, name)) for name in ("token", "position", "done", "seen")}
   slots = Slots(
-    state=state._replace(cache=after.cache, keys=keys, **others),
-    settings=jax.tree.map(put, slots.settings, settings_row),
+    state=state._replace(keys=keys, **others),
+    settings=jax.tree.map(put, slots.settings, settings),
     eos=put(slots.eos, eos[None]),
   )
-  logprobs = jax.tree.map(lambda array: array[0], _logprobs(logits, after.token, top))
+  logprobs = None
+  if needs.logprobs:
+    logprobs = jax.tree.map(lambda array: array[0], _logprobs(logits, after.token, top))
   return slots, after.token[0], logprobs
 
 

@@ -99,15 +99,16 @@ class Slots:
     ticket.filled += len(tokens)
     if not ticket.decoding:
       self._filling.append(ticket)
-    token, logprobs = self._engine.fill(
-      ticket.slot,
-      tokens,
-      start,
-      last=ticket.decoding,
-      sampling=request.sampling,
-      eos_token_ids=request.eos_token_ids,
-    )
+    hidden = self._engine.fill(ticket.slot, tokens, start)
     if ticket.decoding:
+      token, logprobs = self._engine.begin(
+        ticket.slot,
+        request.prompt,
+        hidden,
+        sampling=request.sampling,
+        eos_token_ids=request.eos_token_ids,
+        logprobs=request.logprobs is not None,
+      )
       ticket.begun = 1
       self._results.append(functools.partial(self._emit_first, ticket, token, logprobs))
 
@@ -128,7 +129,7 @@ class Slots:
     self.decoded_rows += len(rows)
     return True
 
-  def _emit_first(self, ticket: Ticket, token: ArrayLike, logprobs: Logprobs) -> None:
+  def _emit_first(self, ticket: Ticket, token: ArrayLike, logprobs: Logprobs | None) -> None:
     """Waits for the end of a prompt."""
     token = int(token)
     if self._holders[ticket.slot] is ticket:

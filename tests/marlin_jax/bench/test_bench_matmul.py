@@ -154,6 +154,14 @@ def test_2_4_sparse_kernels_stand_beside_the_dense_ones(on_an_h200, tmp_path):
     plot(table, tmp_path / f"{kind}.png", kind)
 
 
+def test_one_kernel_by_its_name(on_an_h200, tmp_path):
+  table = tmp_path / "table.csv"
+  bench_matmul([(8192, 384)], [1], table, sparse24=True, implementations=["triton, 2:4"])
+  assert [row["implementation"] for row in read_rows(table)] == ["triton, 2:4"]
+  with pytest.raises(ValueError, match=r"implementations=\['cutlass'\]: 'cutlass' must be one of .*'xla_int4'"):
+    bench_matmul([(8192, 384)], [1], None, implementations=["cutlass"])
+
+
 def test_a_time_beyond_the_ceilings_fails_the_run(on_an_h200, tmp_path):
   # 256 x 192 in 4 bits, scales and x: 6.0 ns at 4.4 TB/s.
   on_an_h200["_xla_int4"] = 5.8e-9

@@ -11,7 +11,7 @@ from flax import nnx
 
 from marlin_jax.checkpoint import load_model
 from marlin_jax.models import Decoder, KVCache, Llama3Rope, ModelConfig, decoder, layers, residual
-from marlin_jax.models.kv_cache import write
+from marlin_jax.models.kv_cache import read, write
 from marlin_jax.models.layers import attend, rope_frequencies, rope_table, rotate
 
 DATA = Path(__file__).parents[2] / "data"
@@ -191,15 +191,30 @@ def test_write_drops_what_lies_beyond_the_buffer():
   np.testing.assert_array_equal(written, [[0, 1, 2, 3], [0, 0, 0, 4]])
 
 
-def test_the_head_of_a_row_and_the_room_after_it():
-  cache = jax.tree.map(lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), KVCache.empty(TINY, 3, 5))
-  head = cache.head(jnp.int32(2), 4)
-  longer = head.extended(6)
-  for whole, part, padded in zip(*map(jax.tree.leaves, (cache, head, longer)), strict=True):
-    np.testing.assert_array_equal(part, whole[2:3, :4])
-    np.testing.assert_array_equal(padded[:, :4], part)
-    assert padded.shape == (1, 6, 2, 8) and not padded[:, 4:].any()
-  assert (head.length, longer.length) == (4, 6)
+def filled_cache():
+  return jax.tree.map(lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), KVCache.empty(TINY, 3, 5))
+
+
+def test_a_row_of_a_cache_is_read_and_written_where_it_is():
+  cache = filled_cache()
+  row = cache.row(jnp.int32(2), 4)
+  new = jnp.full((1, 3, 2, 8), -1, jnp.bfloat16)
+  for whole, part in zip(cache.keys, row.keys, strict=True):
+    np.testing.assert_array_equal(read(part), whole[2:3, :4])
+    written = write(part, new, jnp.array([2]))  # a token beyond the row's four positions is dropped
+    np.testing.assert_array_equal(written.buffer, whole.at[2, 2:4].set(-1))
+    np.testing.assert_array_equal(read(written), written.buffer[2:3, :4])
+  for ours, theirs in zip(jax.tree.leaves(row.whole()), jax.tree.leaves(cache), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_cache_gets_room_after_what_is_in_it():
+  cache = filled_cache()
+  longer = cache.extended(7)
+  for part, padded in zip(*map(jax.tree.leaves, (cache, longer)), strict=True):
+    np.testing.assert_array_equal(padded[:, :5], part)
+    assert padded.shape == (3, 7, 2, 8) and not padded[:, 5:].any()
+  assert (cache.length, longer.length) == (5, 7)
 
 
 def test_a_token_beyond_the_cache_stays_finite():

@@ -110,7 +110,7 @@ class ScriptedEngine(Engine):
     self.next = [None] * self.config.slots  # the index of the next token; None where a slot does not decode
     self.ends = [()] * self.config.slots
 
-  def fill(self, slot, tokens, start, *, last, sampling, eos_token_ids):
+  def fill(self, slot, tokens, start):
     time.sleep(self.seconds)
     self._maybe_fail("fill")
     assert 0 < len(tokens) <= self.config.prefill_chunk
@@ -118,10 +118,13 @@ class ScriptedEngine(Engine):
     assert start in (0, self.filled[slot])
     self.filled[slot] = start + len(tokens)
     self.fills.append((slot, start))
-    if last:
-      self.next[slot], self.ends[slot] = 0, eos_token_ids
-      return np.int32(self._emit(slot)), self._logprobs(())
-    return np.int32(0), self._logprobs(())
+    return slot
+
+  def begin(self, slot, prompt, hidden, *, sampling, eos_token_ids, logprobs):
+    self._maybe_fail("begin")
+    assert hidden == slot and self.filled[slot] == len(prompt)
+    self.next[slot], self.ends[slot] = 0, eos_token_ids
+    return np.int32(self._emit(slot)), self._logprobs(()) if logprobs else None
 
   def _emit(self, slot):
     token = self.script[self.next[slot] % len(self.script)]

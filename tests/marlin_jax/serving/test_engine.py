@@ -32,7 +32,8 @@ def prompt_of(length):
 
 
 def filled(engine, prompt, start=0, slot=1):
-  token, _ = engine.fill(slot, prompt[start:], start, last=True, sampling=GREEDY, eos_token_ids=())
+  hidden = engine.fill(slot, prompt[start:], start)
+  token, _ = engine.begin(slot, tuple(prompt), hidden, sampling=GREEDY, eos_token_ids=(), logprobs=False)
   return int(token)
 
 
@@ -113,10 +114,10 @@ def test_what_is_compiled_is_all_that_prompts_need(model):
   jax.monitoring.register_event_duration_secs_listener(listener)
   engine.compile()
   jax.monitoring.unregister_event_duration_listener(listener)
-  # Four fill prompts and four decode, in threads; what frees slots is compiled by its call.
-  assert len(compiling) == 9 and compiling.count(threading.current_thread()) == 1
+  # Four fill prompts, four choose first tokens and four decode, in threads; what frees slots is compiled by its call.
+  assert len(compiling) == 13 and compiling.count(threading.current_thread()) == 1
   assert programs.fill._cache_size() - before == 4
   for end in range(1, CONTEXT):
     start = 0 if end <= 32 else end - 32
-    engine.fill(0, [1] * (end - start), start, last=False, sampling=GREEDY, eos_token_ids=())
+    engine.fill(0, [1] * (end - start), start)
   assert programs.fill._cache_size() - before == 4

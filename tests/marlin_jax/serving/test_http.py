@@ -360,7 +360,7 @@ def test_the_deadline_holds_for_one_that_does_not_read(scripted, serve, monkeypa
 # Faults
 
 
-@pytest.mark.parametrize("method", ["fill", "decode"])
+@pytest.mark.parametrize("method", ["fill", "begin", "decode"])
 def test_a_step_that_fails_is_a_500_and_the_next_request_is_served(scripted, serve, quiet, method):
   engine = scripted()
   server = serve(engine)
