@@ -70,7 +70,7 @@ def write(
   whole = buffer.buffer if isinstance(buffer, Row) else buffer
   if isinstance(buffer, Row):
     rows += buffer.index
-    positions = jnp.where(positions < buffer.length, positions, whole.shape[1])
+    positions = jnp.where(positions < buffer.length, positions, positions + whole.shape[1])  # beyond, each its own
   whole = whole.at[rows, positions].set(new.astype(whole.dtype), mode="drop", unique_indices=True)
   return buffer._replace(buffer=whole) if isinstance(buffer, Row) else whole
 
