@@ -21,27 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.hardware import Device
+from pallas_kernels.attention import BLOCK, NOTHING, Softmax, rotated
 
 _CHUNK = 256
-_BLOCK = 64
-_NOTHING = -1e30  # the maximum over no scores: finite, so that no difference of two of them is NaN
-
-
-def unsupported_reason(dtype, head_dim: int, device: Device) -> str | None:
-  """Why the kernel cannot attend over a cache of `dtype` on `device`; None if it can."""
-  if device.platform != "cuda":
-    return f"it runs on NVIDIA GPUs, not on {device.platform}"
-  if dtype not in (jnp.bfloat16, jnp.float16):
-    return f"the cache must be bfloat16 or float16, not {dtype}"
-  if head_dim not in (32, 64, 128, 256):
-    return f"head_dim={head_dim} must be 32, 64, 128 or 256"
-  return None
-
-
-def _rotate(first, second, cos, sin, dtype):
-  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-  return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)
 
 
 def _visible_chunks(position, length, window):
@@ -51,19 +33,6 @@ def _visible_chunks(position, length, window):
   last = jnp.minimum(lax.div(position, _CHUNK), math.ceil(length / _CHUNK) - 1)
   first = 0 if window is None else lax.div(jnp.maximum(position - window + 1, 0), _CHUNK)
   return jnp.minimum(first, last), last
-
-
-def _no_chunks(rows, head_dim):
-  """(maximum, sum, numerator) of the softmax over no keys; merged with a chunk it is that chunk, bit for bit."""
-  return jnp.full(rows, _NOTHING, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((rows, head_dim), jnp.float32)
-
-
-def _merge(softmax, chunk):
-  """(maximum, sum, numerator) of the softmax over the keys of both."""
-  (top, total, acc), (chunk_top, chunk_total, chunk_acc) = softmax, chunk
-  higher = jnp.maximum(top, chunk_top)
-  shrink, weight = jnp.exp(top - higher), jnp.exp(chunk_top - higher)
-  return higher, total * shrink + chunk_total * weight, acc * shrink[:, None] + chunk_acc * weight[:, None]
 
 
 def _kernel(
@@ -100,9 +69,8 @@ def _kernel(
   of_group = pl.ds(h * group, rows)
 
   def store_out(softmax):
-    _, total, acc = softmax
-    mask = jnp.broadcast_to(in_group[:, None], acc.shape)
-    plt.store(out_ref.at[b, of_group, :], (acc / total[:, None]).astype(out_ref.dtype), mask=mask)
+    out = (softmax.acc / softmax.total[:, None]).astype(out_ref.dtype)
+    plt.store(out_ref.at[b, of_group, :], out, mask=jnp.broadcast_to(in_group[:, None], out.shape))
 
   def softmax_of_chunk():
     cos, sin = cos_ref[b, :], sin_ref[b, :]
@@ -111,9 +79,9 @@ def _kernel(
     def load_queries(lane):
       return plt.load(qkv_ref.at[b, of_group, pl.ds(lane, half)], mask=mask, other=0.0)
 
-    q_first, q_second = _rotate(load_queries(0), load_queries(half), cos[None, :], sin[None, :], dtype)
+    q_first, q_second = rotated(load_queries(0), load_queries(half), cos[None, :], sin[None, :], dtype)
     halves = (qkv_ref[b, heads + h, pl.ds(lane, half)] for lane in (0, half))
-    k_first, k_second = _rotate(*halves, cos, sin, dtype)
+    k_first, k_second = rotated(*halves, cos, sin, dtype)
     value = qkv_ref[b, heads + kv_heads + h, :]
     owner = chunk == last
 
@@ -133,33 +101,28 @@ def _kernel(
     stop = jnp.minimum(jnp.minimum(start + _CHUNK, position), length)
     if window is not None:
       start = jnp.maximum(start, position - window + 1)
-    top = jnp.where(owner, score, _NOTHING)
-    total = jnp.where(owner, jnp.ones_like(score), 0.0)
-    acc = jnp.where(owner, jnp.broadcast_to(value.astype(jnp.float32)[None, :], (rows, head_dim)), 0.0)
+    mine = Softmax(
+      top=jnp.where(owner, score, NOTHING),
+      total=jnp.where(owner, jnp.ones_like(score), 0.0),
+      acc=jnp.where(owner, jnp.broadcast_to(value.astype(jnp.float32)[None, :], (rows, head_dim)), 0.0),
+    )
 
-    def add_block(i, carry):
-      top, total, acc = carry
-      at = i * _BLOCK + jnp.arange(_BLOCK)
+    def add_block(i, softmax):
+      at = i * BLOCK + jnp.arange(BLOCK)
       seen = at < stop
       if window is not None:
         seen &= at > position - window
 
       def load(ref, lane, size):
-        mask = jnp.broadcast_to(seen[:, None], (_BLOCK, size))
-        return plt.load(ref.at[b, pl.ds(i * _BLOCK, _BLOCK), h, pl.ds(lane, size)], mask=mask, other=0.0)
+        mask = jnp.broadcast_to(seen[:, None], (BLOCK, size))
+        return plt.load(ref.at[b, pl.ds(i * BLOCK, BLOCK), h, pl.ds(lane, size)], mask=mask, other=0.0)
 
       scores = plt.dot(q_first, load(keys_ref, 0, half), trans_b=True)
       scores = (scores + plt.dot(q_second, load(keys_ref, half, half), trans_b=True)) * scale
-      visible = jnp.broadcast_to(seen[None, :], scores.shape)
-      scores = jnp.where(visible, scores, _NOTHING)
-      higher = jnp.maximum(top, jnp.max(scores, axis=1))
-      weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
-      shrink = jnp.exp(top - higher)
-      acc = acc * shrink[:, None] + plt.dot(weights.astype(dtype), load(values_ref, 0, head_dim))
-      return higher, total * shrink + jnp.sum(weights, axis=1), acc
+      return softmax.add(scores, jnp.broadcast_to(seen[None, :], scores.shape), load(values_ref, 0, head_dim))
 
-    blocks = lax.div(start, _BLOCK), lax.div(stop + _BLOCK - 1, _BLOCK)
-    return lax.fori_loop(*blocks, add_block, (top, total, acc))
+    blocks = lax.div(start, BLOCK), lax.div(stop + BLOCK - 1, BLOCK)
+    return lax.fori_loop(*blocks, add_block, mine)
 
   if length <= _CHUNK:
     store_out(softmax_of_chunk())
@@ -172,11 +135,10 @@ def _kernel(
 
     @pl.when(first < last)
     def _():
-      top, total, acc = softmax
-      mask = jnp.broadcast_to(in_group[:, None], acc.shape)
-      plt.store(max_ref.at[b, chunk, of_group], top, mask=in_group)
-      plt.store(sum_ref.at[b, chunk, of_group], total, mask=in_group)
-      plt.store(acc_ref.at[b, chunk, of_group, :], acc, mask=mask)
+      mask = jnp.broadcast_to(in_group[:, None], softmax.acc.shape)
+      plt.store(max_ref.at[b, chunk, of_group], softmax.top, mask=in_group)
+      plt.store(sum_ref.at[b, chunk, of_group], softmax.total, mask=in_group)
+      plt.store(acc_ref.at[b, chunk, of_group, :], softmax.acc, mask=mask)
       if not interpret:  # which has one thread
         plt.debug_barrier()  # all threads have stored before one arrives for all of them, which releases and acquires
       arrived = plt.atomic_add(arrivals_ref, (b, h), jnp.int32(1))
@@ -184,12 +146,14 @@ def _kernel(
       @pl.when(arrived == last - first)
       def _():
         def merge_chunk(i, softmax):
-          top = plt.load(max_ref.at[b, i, of_group], mask=in_group, other=_NOTHING)
-          total = plt.load(sum_ref.at[b, i, of_group], mask=in_group, other=1.0)
-          acc = plt.load(acc_ref.at[b, i, of_group, :], mask=mask, other=0.0)
-          return _merge(softmax, (top, total, acc))
+          chunk = Softmax(
+            top=plt.load(max_ref.at[b, i, of_group], mask=in_group, other=NOTHING),
+            total=plt.load(sum_ref.at[b, i, of_group], mask=in_group, other=1.0),
+            acc=plt.load(acc_ref.at[b, i, of_group, :], mask=mask, other=0.0),
+          )
+          return softmax.merge(chunk)
 
-        store_out(lax.fori_loop(first, last + 1, merge_chunk, _no_chunks(rows, head_dim)))
+        store_out(lax.fori_loop(first, last + 1, merge_chunk, Softmax.empty(rows, head_dim)))
         arrivals_ref[b, h] = 0
 
 

@@ -11,7 +11,7 @@ from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache
 from marlin_jax.models.layers import DecoderLayer, rope_table
 from pallas_kernels import current_device, resolved
-from pallas_kernels.decode_attention import unsupported_reason
+from pallas_kernels.attention import unsupported_reason
 
 
 class Decoder(nnx.Module):
@@ -58,13 +58,13 @@ class Decoder(nnx.Module):
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     rope = rope_table(self.config, positions)
-    # One token a row is the decode step: its small operations cost more in launches and gaps than in work.
-    fused = tokens.shape[1] == 1 and not unsupported_reason(self.dtype, self.config.head_dim, current_device())
+    fused = not unsupported_reason(self.dtype, self.config.head_dim, current_device())
     x = self.embed(tokens)
     projected = self.layers[0].project(x)
     keys, values = [], []
-    # In which the programs of each layer's attention count themselves; it comes back as it was.
-    arrivals = [jnp.zeros((len(tokens), self.config.num_kv_heads), jnp.int32)] if fused else []
+    # In which the programs of a decode step's attention count themselves; every layer gives it back as it was.
+    counted = fused and tokens.shape[1] == 1
+    arrivals = [jnp.zeros((len(tokens), self.config.num_kv_heads), jnp.int32)] if counted else []
     for layer, after, *cached in zip(self.layers, self._after(), cache.keys, cache.values, strict=True):
       x, normed, projected, (layer_keys, layer_values, *arrivals) = layer(
         x, projected, positions, rope, (*cached, *arrivals), *after, fused=fused

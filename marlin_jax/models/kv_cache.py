@@ -61,18 +61,29 @@ class KVCache:
     return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, length - self.length), (0, 0), (0, 0))), self)
 
 
-def write(
-  buffer: Float[Array, "B S Hkv D"] | Row, new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
+def located(cached: Float[Array, "B S Hkv D"] | Row, batch: int) -> tuple[Array, Int[Array, " B"], int]:
+  """The buffer that holds the keys or values of `batch` sequences, its row for each of them, and positions of a row."""
+  if isinstance(cached, Row):
+    return cached.buffer, cached.index[None], cached.length
+  return cached, jnp.arange(batch), cached.shape[1]
+
+
+def replaced(
+  cached: Float[Array, "B S Hkv D"] | Row, buffer: Float[Array, "rows S Hkv D"]
 ) -> Float[Array, "B S Hkv D"] | Row:
-  """buffer[b, start[b] + t] = new[b, t]; positions beyond the buffer are dropped, never shifted back inside."""
-  rows = jnp.arange(new.shape[0])[:, None]
+  """The same place in another buffer."""
+  return cached._replace(buffer=buffer) if isinstance(cached, Row) else buffer
+
+
+def write(
+  cached: Float[Array, "B S Hkv D"] | Row, new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
+) -> Float[Array, "B S Hkv D"] | Row:
+  """cached[b, start[b] + t] = new[b, t]; positions beyond it are dropped, never shifted back inside."""
+  buffer, rows, length = located(cached, len(new))
   positions = start[:, None] + jnp.arange(new.shape[1])
-  whole = buffer.buffer if isinstance(buffer, Row) else buffer
-  if isinstance(buffer, Row):
-    rows += buffer.index
-    positions = jnp.where(positions < buffer.length, positions, positions + whole.shape[1])  # beyond, each its own
-  whole = whole.at[rows, positions].set(new.astype(whole.dtype), mode="drop", unique_indices=True)
-  return buffer._replace(buffer=whole) if isinstance(buffer, Row) else whole
+  positions = jnp.where(positions < length, positions, positions + buffer.shape[1])  # beyond, each its own
+  new = new.astype(buffer.dtype)
+  return replaced(cached, buffer.at[rows[:, None], positions].set(new, mode="drop", unique_indices=True))
 
 
 def read(buffer: Float[Array, "B S Hkv D"] | Row) -> Float[Array, "B S Hkv D"]:

@@ -8,13 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
-from marlin_jax.models.kv_cache import Row, write
+from marlin_jax.models.kv_cache import Row, located, replaced, write
 from marlin_jax.models.kv_cache import read as read_cache
 from marlin_jax.models.mlp import MLP, MoE
 from marlin_jax.models.residual import after_attention, between_attentions, onto, read
 from marlin_jax.nnx import QuantLinear
 from pallas_kernels import DeferredNorm, layout
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.prompt_attention import prompt_attention
 
 Projected = tuple[Float[Array, "B T _"], ...]  # queries, keys and values; one array after `fuse`
 Cached = tuple[Array | Row, ...]  # keys and values of a layer, and after them what its attention counts in
@@ -111,16 +112,15 @@ class Attention(nnx.Module):
     """Attend among the tokens (cached is None), or write their keys and values into `cached` and attend to it.
 
     Without a cache the tokens stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
-    values attended to. `fused` takes the kernel for one token a row, which needs a cache, and beside keys and values
-    in `cached` the zeros in which its programs count themselves.
+    values attended to. `fused` takes one kernel for it, which needs a cache; that for one token a row needs beside keys
+    and values in `cached` the zeros in which its programs count themselves.
     """
     queries, keys, values = self._heads(projected)
     if fused:
       assert cached is not None
-      qkv = jnp.concatenate([queries, keys, values], axis=2)[:, 0]
-      cos, sin = rope
-      attended, *cached = decode_attention(qkv, *cached, positions[:, 0], cos[:, 0], sin[:, 0], window=self.window)
-      attended, cached = attended.reshape(*positions.shape, -1), tuple(cached)
+      qkv = jnp.concatenate([queries, keys, values], axis=2)
+      attended, cached = self._attend_in_one_kernel(qkv, positions[:, 0], rope, cached)
+      attended = attended.reshape(*positions.shape, -1)
     else:
       queries, keys = rotate(queries, rope), rotate(keys, rope)
       if cached is not None:
@@ -134,6 +134,18 @@ class Attention(nnx.Module):
     """The queries, keys and values of x, of all heads."""
     projections = (self.qkv_proj,) if hasattr(self, "qkv_proj") else (self.q_proj, self.k_proj, self.v_proj)
     return tuple(read(project, x) for project in projections)
+
+  def _attend_in_one_kernel(
+    self, qkv: Float[Array, "B T heads D"], start: Int[Array, " B"], rope: Rope, cached: Cached
+  ) -> tuple[Array, Cached]:
+    cos, sin = rope
+    if qkv.shape[1] == 1:
+      attended, *cached = decode_attention(qkv[:, 0], *cached, start, cos[:, 0], sin[:, 0], window=self.window)
+      return attended, tuple(cached)
+    (keys, row, length), (values, *_) = (located(one, len(qkv)) for one in cached)
+    options = {"length": length, "window": self.window}
+    attended, *buffers = prompt_attention(qkv, keys, values, row, start, cos, sin, **options)
+    return attended, tuple(map(replaced, cached, buffers))
 
   def _heads(self, projected: Projected) -> tuple[Array, Array, Array]:
     """Queries, keys and values, [B, T, heads, D], normed but not rotated."""

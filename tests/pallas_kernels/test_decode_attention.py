@@ -10,8 +10,8 @@ import pytest
 from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
 from marlin_jax.models.layers import attend, rope_table, rotate
+from pallas_kernels.attention import unsupported_reason
 from pallas_kernels.decode_attention import decode_attention as decode_attention_with_arrivals
-from pallas_kernels.decode_attention import unsupported_reason
 from pallas_kernels.hardware import Device
 
 CONFIG = ModelConfig(
