@@ -2,9 +2,11 @@
 """What the attention kernels share: what they can do, the rotation of a pair, a softmax of keys that come in blocks.
 
 FlashAttention, algorithm 1 (arXiv 2205.14135): of the keys so far are known the maximum of the scores, the sum of
-exp(score - maximum), and that of exp(score - maximum) times the values.
+exp(score - maximum), and that of exp(score - maximum) times the values. The factor of the scores holds log2(e), too,
+because the hardware's exponential is that of base 2.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,6 +30,11 @@ def unsupported_reason(dtype, head_dim: int, device: Device) -> str | None:
   return None
 
 
+def score_factor(head_dim: int) -> float:
+  """What makes a score of q k^T: log2(e) / sqrt(D)."""
+  return math.log2(math.e) / math.sqrt(head_dim)
+
+
 def rotated(first, second, cos, sin, dtype):
   """The pairs (first[i], second[i]) turned by their angles."""
   first, second = first.astype(jnp.float32), second.astype(jnp.float32)
@@ -49,18 +56,22 @@ class Softmax(NamedTuple):
     )
 
   def add(self, scores: jax.Array, visible: jax.Array, values: jax.Array) -> "Softmax":
-    """With the keys of a block: their scores and which of them a row sees, [rows, keys], and values, [keys, D]."""
+    """With the keys of a block: their scores and which of them a row sees, [rows, keys], and values, [keys, D].
+
+    Of a row that has seen nothing yet, all weights are 1; they are forgotten with the first key that it sees. To make
+    zeros of them took a third of a block's time.
+    """
     scores = jnp.where(visible, scores, NOTHING)
     higher = jnp.maximum(self.top, jnp.max(scores, axis=1))
-    weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
-    shrink = jnp.exp(self.top - higher)
+    weights = jnp.exp2(scores - higher[:, None])
+    shrink = jnp.exp2(self.top - higher)
     acc = self.acc * shrink[:, None] + plt.dot(weights.astype(values.dtype), values)
     return Softmax(higher, self.total * shrink + jnp.sum(weights, axis=1), acc)
 
   def merge(self, other: "Softmax") -> "Softmax":
     """Over the keys of both."""
     higher = jnp.maximum(self.top, other.top)
-    shrink, weight = jnp.exp(self.top - higher), jnp.exp(other.top - higher)
+    shrink, weight = jnp.exp2(self.top - higher), jnp.exp2(other.top - higher)
     return Softmax(
       higher,
       self.total * shrink + other.total * weight,

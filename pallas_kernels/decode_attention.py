@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.attention import BLOCK, NOTHING, Softmax, rotated
+from pallas_kernels.attention import BLOCK, NOTHING, Softmax, rotated, score_factor
 
 _CHUNK = 256
 
@@ -91,7 +91,7 @@ def _kernel(
       keys_ref[b, position, h, pl.ds(half, half)] = k_second
       values_ref[b, position, h, :] = value
 
-    scale = head_dim**-0.5
+    scale = score_factor(head_dim)
 
     def product(q, k):
       return jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32)[None, :], axis=1)

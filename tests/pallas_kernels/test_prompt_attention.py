@@ -100,10 +100,11 @@ def test_float16(rng):
 
 
 # Padding at the end of a prompt may stand beyond what is in use of the row, and beyond the row.
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("start", "length"), [(40, 48), (40, 64), (90, 100), (64, 64), (100, 64)])
-def test_a_token_beyond_the_length_is_not_written_and_stays_finite(rng, start, length):
+def test_a_token_beyond_the_length_is_not_written_and_stays_finite(rng, start, length, window):
   arguments = problem(rng, [start], 32, 100)
-  out, keys, values = check(arguments, length=length, interpret=True)
+  out, keys, values = check(arguments, length=length, window=window, interpret=True)
   assert jnp.isfinite(out.astype(jnp.float32)).all()
   np.testing.assert_array_equal(keys[:, length:], arguments[1][:, length:])
   np.testing.assert_array_equal(values[:, length:], arguments[2][:, length:])
@@ -123,6 +124,18 @@ def test_what_lies_behind_the_chunk_and_in_other_rows_is_never_read(rng, window)
   np.testing.assert_array_equal(out, clean)
 
 
+def test_a_token_gets_the_same_bits_in_one_chunk_and_in_several(rng):
+  qkv, keys, values, row, start, cos, sin = problem(rng, [30], 150, 200)
+  together, *_ = check((qkv, keys, values, row, start, cos, sin), length=200, interpret=True)
+  parts = []
+  for chunk in (slice(0, 64), slice(64, 74), slice(74, 150)):
+    part, keys, values = prompt_attention(
+      qkv[:, chunk], keys, values, row, start + chunk.start, cos[:, chunk], sin[:, chunk], length=200, interpret=True
+    )
+    parts.append(part)
+  np.testing.assert_array_equal(jnp.concatenate(parts, axis=1), together)
+
+
 def test_a_sequence_gets_the_same_bits_in_any_batch_any_row_and_any_length_of_cache(rng):
   arguments = problem(rng, [0, 30, 64], 70, 150)
   together, *_ = check(arguments, length=150, interpret=True)
@@ -140,7 +153,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch_any_row_and_any_length_of_ca
   ("batch", "tokens", "length"), [(1, 16, 16), (1, 64, 64), (1, 256, 2048), (16, 64, 64), (1, 2047, 2047)]
 )
 @pytest.mark.parametrize("window", [None, 100])
-def test_it_is_one_kernel_for_an_h200(lower_for_h200, batch, tokens, length, window):
+def test_it_is_two_kernels_for_an_h200(lower_for_h200, batch, tokens, length, window):
   def shape(*dims, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(dims, dtype)
 
@@ -148,7 +161,7 @@ def test_it_is_one_kernel_for_an_h200(lower_for_h200, batch, tokens, length, win
   place = shape(batch, dtype=jnp.int32)
   run = functools.partial(prompt_attention, length=length, window=window)
   text = lower_for_h200(run, shape(batch, tokens, 48, 128), cache, cache, place, place, angle, angle)
-  assert text.count("__gpu$xla.gpu.triton") == 1
+  assert text.count("__gpu$xla.gpu.triton") == 2
 
 
 @pytest.mark.gpu
