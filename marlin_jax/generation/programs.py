@@ -88,10 +88,9 @@ def prefill(
   """
   model = structure.merge(weights)
   rows, width = tokens.shape
-  # As long as the prompts until they are through: attention costs every position of the cache, seen or not.
-  cache = KVCache.empty(model.config, rows, width, model.dtype)
+  cache = KVCache.empty(model.config, rows, cache_length, model.dtype)
   # Padding is to the right: no prompt token attends to it, and decoding overwrites its keys and values one by one.
-  hidden, cache = model.hidden(tokens, jnp.zeros(rows, jnp.int32), cache)
+  hidden, view = model.hidden(tokens, jnp.zeros(rows, jnp.int32), cache.view(width))
   last = jnp.maximum(lengths - 1, 0)
   # One position a row goes through the head: T x V logits would outweigh everything else in memory.
   logits = model.logits(hidden[jnp.arange(rows), last])
@@ -102,7 +101,7 @@ def prefill(
     seen = jnp.zeros((rows, vocab_size), bool)
     seen = seen.at[jnp.arange(rows)[:, None], jnp.where(inside, tokens, vocab_size)].set(True, mode="drop")
   state = DecodeState(
-    cache=cache.extended(cache_length),
+    cache=view.whole(),
     token=tokens[jnp.arange(rows), last],
     position=last,
     done=lengths == 0,

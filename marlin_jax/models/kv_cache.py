@@ -14,11 +14,11 @@ from marlin_jax.models.config import ModelConfig
 _Buffer = Array | jax.ShapeDtypeStruct | jax.stages.ArgInfo
 
 
-class Row(NamedTuple):
-  """The first `length` positions of one row of a buffer."""
+class View(NamedTuple):
+  """The first `length` positions of a buffer's rows: of one, or of all of them where `row` is None."""
 
   buffer: Float[Array, "rows S Hkv D"]
-  index: Int[Array, ""]
+  row: Int[Array, ""] | None
   length: int
 
 
@@ -31,8 +31,8 @@ class KVCache:
   How far each row is filled is the caller's knowledge: it passes `start` to `Decoder.hidden`.
   """
 
-  keys: tuple[Float[_Buffer, "B S Hkv D"] | Row, ...]
-  values: tuple[Float[_Buffer, "B S Hkv D"] | Row, ...]
+  keys: tuple[Float[_Buffer, "B S Hkv D"] | View, ...]
+  values: tuple[Float[_Buffer, "B S Hkv D"] | View, ...]
 
   @classmethod
   def empty(cls, config: ModelConfig, batch: int, length: int, dtype=jnp.bfloat16) -> "KVCache":
@@ -43,41 +43,35 @@ class KVCache:
       values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
     )
 
-  @property
-  def length(self) -> int:
-    """How many positions each row has room for."""
-    return self.keys[0].shape[1]
+  def view(self, length: int, row: Int[Array, ""] | None = None) -> "KVCache":
+    """The first `length` positions of all rows or of one, as a cache of its own, which is read and written where it is.
 
-  def row(self, index: Int[Array, ""], length: int) -> "KVCache":
-    """The first `length` positions of one row, as a cache of one row, which is read and written where it is."""
-    return jax.tree.map(lambda buffer: Row(buffer, index, length), self)
+    Attention costs every position of a cache that it is given, seen or not, where it has no kernel.
+    """
+    return jax.tree.map(lambda buffer: View(buffer, row, length), self)
 
   def whole(self) -> "KVCache":
-    """The cache of which this is a `row`."""
-    return jax.tree.map(lambda row: row.buffer, self, is_leaf=lambda leaf: isinstance(leaf, Row))
-
-  def extended(self, length: int) -> "KVCache":
-    """The same keys and values with room for `length` positions a row, at least as many as now; zeros in the new."""
-    return jax.tree.map(lambda buffer: jnp.pad(buffer, ((0, 0), (0, length - self.length), (0, 0), (0, 0))), self)
+    """The cache of which this is a `view`."""
+    return jax.tree.map(lambda view: view.buffer, self, is_leaf=lambda leaf: isinstance(leaf, View))
 
 
-def located(cached: Float[Array, "B S Hkv D"] | Row, batch: int) -> tuple[Array, Int[Array, " B"], int]:
+def located(cached: Float[Array, "B S Hkv D"] | View, batch: int) -> tuple[Array, Int[Array, " B"], int]:
   """The buffer that holds the keys or values of `batch` sequences, its row for each of them, and positions of a row."""
-  if isinstance(cached, Row):
-    return cached.buffer, cached.index[None], cached.length
-  return cached, jnp.arange(batch), cached.shape[1]
+  if not isinstance(cached, View):
+    return cached, jnp.arange(batch), cached.shape[1]
+  return cached.buffer, jnp.arange(batch) if cached.row is None else cached.row[None], cached.length
 
 
 def replaced(
-  cached: Float[Array, "B S Hkv D"] | Row, buffer: Float[Array, "rows S Hkv D"]
-) -> Float[Array, "B S Hkv D"] | Row:
+  cached: Float[Array, "B S Hkv D"] | View, buffer: Float[Array, "rows S Hkv D"]
+) -> Float[Array, "B S Hkv D"] | View:
   """The same place in another buffer."""
-  return cached._replace(buffer=buffer) if isinstance(cached, Row) else buffer
+  return cached._replace(buffer=buffer) if isinstance(cached, View) else buffer
 
 
 def write(
-  cached: Float[Array, "B S Hkv D"] | Row, new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
-) -> Float[Array, "B S Hkv D"] | Row:
+  cached: Float[Array, "B S Hkv D"] | View, new: Float[Array, "B T Hkv D"], start: Int[Array, " B"]
+) -> Float[Array, "B S Hkv D"] | View:
   """cached[b, start[b] + t] = new[b, t]; positions beyond it are dropped, never shifted back inside."""
   buffer, rows, length = located(cached, len(new))
   positions = start[:, None] + jnp.arange(new.shape[1])
@@ -86,9 +80,11 @@ def write(
   return replaced(cached, buffer.at[rows[:, None], positions].set(new, mode="drop", unique_indices=True))
 
 
-def read(buffer: Float[Array, "B S Hkv D"] | Row) -> Float[Array, "B S Hkv D"]:
-  """The keys or values of all positions, or of those of a row."""
-  if not isinstance(buffer, Row):
-    return buffer
-  whole, index, length = buffer
-  return jax.lax.dynamic_slice(whole, (index, 0, 0, 0), (1, length, *whole.shape[2:]))
+def read(cached: Float[Array, "B S Hkv D"] | View) -> Float[Array, "B S Hkv D"]:
+  """The keys or values of all positions."""
+  if not isinstance(cached, View):
+    return cached
+  buffer, row, length = cached
+  if row is None:
+    return buffer[:, :length]
+  return jax.lax.dynamic_slice(buffer, (row, 0, 0, 0), (1, length, *buffer.shape[2:]))

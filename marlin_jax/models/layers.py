@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from marlin_jax.models.config import ModelConfig
-from marlin_jax.models.kv_cache import Row, located, replaced, write
+from marlin_jax.models.kv_cache import View, located, replaced, write
 from marlin_jax.models.kv_cache import read as read_cache
 from marlin_jax.models.mlp import MLP, MoE
 from marlin_jax.models.residual import after_attention, between_attentions, onto, read
@@ -18,7 +18,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prompt_attention import prompt_attention
 
 Projected = tuple[Float[Array, "B T _"], ...]  # queries, keys and values; one array after `fuse`
-Cached = tuple[Array | Row, ...]  # keys and values of a layer, and after them what its attention counts in
+Cached = tuple[Array | View, ...]  # keys and values of a layer, and after them what its attention counts in
 Rope = tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]  # cosine and sine of every pair's angle
 
 

@@ -79,8 +79,8 @@ def fill(
   """
   model = structure.merge(weights)
   # Padding is to the right: no token of the prompt attends to it, and what comes next is written over it.
-  hidden, rows = model.hidden(tokens[None], start[None], cache.row(slot, visible))
-  return rows.whole(), position.at[slot].set(start + count), hidden[:, count - 1]
+  hidden, view = model.hidden(tokens[None], start[None], cache.view(visible, slot))
+  return view.whole(), position.at[slot].set(start + count), hidden[:, count - 1]
 
 
 @partial(jax.jit, static_argnames=("structure", "needs", "top"), donate_argnames=("slots",))

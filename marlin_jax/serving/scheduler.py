@@ -14,6 +14,7 @@ cannot be made anew, it gives up: what waits fails, too, and it takes no more.
 import collections
 import dataclasses
 import functools
+import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -178,6 +179,10 @@ class Scheduler:
     jax.monitoring.register_event_duration_secs_listener(self._count)
     try:
       self._engine.compile()
+      # Compiling leaves half a million objects that live as long as the server. A full collection looks at all of them,
+      # which takes half a second, and no token goes out meanwhile. What is frozen it passes over.
+      gc.collect()
+      gc.freeze()
       self._compiled.set()
       while self._wait():
         self._step()
@@ -187,6 +192,7 @@ class Scheduler:
       self._give_up(f"{what}: {_one_line(error)}")
     finally:
       self._compiled.set()
+      gc.unfreeze()
       jax.monitoring.unregister_event_duration_listener(self._count)
 
   def _count(self, event: str, seconds: float, **_) -> None:

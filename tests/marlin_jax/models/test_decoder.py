@@ -195,26 +195,20 @@ def filled_cache():
   return jax.tree.map(lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), KVCache.empty(TINY, 3, 5))
 
 
-def test_a_row_of_a_cache_is_read_and_written_where_it_is():
+@pytest.mark.parametrize("row", [None, 2])
+def test_a_view_of_a_cache_is_read_and_written_where_it_is(row):
   cache = filled_cache()
-  row = cache.row(jnp.int32(2), 4)
-  new = jnp.full((1, 3, 2, 8), -1, jnp.bfloat16)
-  for whole, part in zip(cache.keys, row.keys, strict=True):
-    np.testing.assert_array_equal(read(part), whole[2:3, :4])
-    written = write(part, new, jnp.array([2]))  # a token beyond the row's four positions is dropped
-    np.testing.assert_array_equal(written.buffer, whole.at[2, 2:4].set(-1))
-    np.testing.assert_array_equal(read(written), written.buffer[2:3, :4])
-  for ours, theirs in zip(jax.tree.leaves(row.whole()), jax.tree.leaves(cache), strict=True):
+  view = cache.view(4, None if row is None else jnp.int32(row))
+  rows = slice(None) if row is None else slice(row, row + 1)
+  batch = 3 if row is None else 1
+  new = jnp.full((batch, 3, 2, 8), -1, jnp.bfloat16)
+  for whole, part in zip(cache.keys, view.keys, strict=True):
+    np.testing.assert_array_equal(read(part), whole[rows, :4])
+    written = write(part, new, jnp.full(batch, 2))  # a token beyond the view's four positions is dropped
+    np.testing.assert_array_equal(written.buffer, whole.at[rows, 2:4].set(-1))
+    np.testing.assert_array_equal(read(written), written.buffer[rows, :4])
+  for ours, theirs in zip(jax.tree.leaves(view.whole()), jax.tree.leaves(cache), strict=True):
     np.testing.assert_array_equal(ours, theirs)
-
-
-def test_a_cache_gets_room_after_what_is_in_it():
-  cache = filled_cache()
-  longer = cache.extended(7)
-  for part, padded in zip(*map(jax.tree.leaves, (cache, longer)), strict=True):
-    np.testing.assert_array_equal(padded[:, :5], part)
-    assert padded.shape == (3, 7, 2, 8) and not padded[:, 5:].any()
-  assert (cache.length, longer.length) == (5, 7)
 
 
 def test_a_token_beyond_the_cache_stays_finite():
@@ -230,39 +224,66 @@ def test_a_cache_of_one_layer_too_few_is_refused():
     model.hidden(jnp.ones((1, 1), jnp.int32), jnp.array([0]), cache)
 
 
-def test_the_kernels_of_the_decode_step_give_what_the_plain_layers_give(monkeypatch):
-  config = dataclasses.replace(TINY, num_layers=1, hidden_size=32, head_dim=32, qk_norm=True, sliding_windows=(4,))
-  model = Decoder(config, rngs=nnx.Rngs(0))
-  prompt, rows = jnp.array([[3, 9, 4, 1, 5], [7, 7, 2, 0, 0]], jnp.int32), jnp.array([5, 3], jnp.int32)
-
-  def hidden(*arguments):
-    graphdef, weights = nnx.split(model)
-    return jax.jit(lambda weights, arguments: nnx.merge(graphdef, weights).hidden(*arguments))(weights, arguments)
-
-  _, cache = hidden(prompt, jnp.zeros(2, jnp.int32), KVCache.empty(config, 2, 16))
-  token = jnp.array([[8], [6]], jnp.int32)
-  expected, expected_cache = hidden(token, rows, cache)
+@pytest.fixture
+def interpreted(monkeypatch):
+  """What is between the products takes its kernels, in the interpreter; returns the names of those called."""
   monkeypatch.setattr(decoder, "unsupported_reason", lambda *_: None)
-  calls = []
+  called = []
 
-  def interpreted(kernel):
+  def interpret(module, name):
+    kernel = getattr(module, name)
+
     def call(*args, **options):
-      calls.append(kernel)
+      called.append(name)
       return kernel(*args, interpret=True, **options)
 
-    return call
+    monkeypatch.setattr(module, name, call)
 
-  kernels = ((layers, "decode_attention"), (residual, "add_norm_kernel"))
-  for module, name in kernels:
-    monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
-  result, cache = hidden(token, rows, cache)
-  assert len(calls) == 3  # attention and the norms after it; the first norm has nothing to add
+  for module, name in ((layers, "decode_attention"), (layers, "prompt_attention"), (residual, "add_norm_kernel")):
+    interpret(module, name)
+  return called
+
+
+@pytest.mark.parametrize(
+  ("tokens", "start", "attention"),
+  [
+    ([[8], [6]], [5, 3], "decode_attention"),
+    ([[3, 9, 4, 1, 5], [7, 7, 2, 0, 0]], [0, 0], "prompt_attention"),
+    ([[3, 9, 4, 1, 5], [7, 7, 2, 0, 0]], [5, 3], "prompt_attention"),
+  ],
+)
+def test_the_kernels_between_products_give_what_the_plain_layers_give(request, tokens, start, attention):
+  config = dataclasses.replace(TINY, num_layers=1, hidden_size=32, head_dim=32, qk_norm=True, sliding_windows=(4,))
+  model = Decoder(config, rngs=nnx.Rngs(0))
+  prompt = jnp.array([[2, 1, 8, 11, 30], [6, 6, 5, 0, 0]], jnp.int32)
+  tokens, start = jnp.array(tokens, jnp.int32), jnp.array(start, jnp.int32)
+  _, cache = hidden_of(*nnx.split(model), prompt, jnp.zeros(2, jnp.int32), KVCache.empty(config, 2, 16))
+  expected, expected_cache = hidden_of(*nnx.split(model), tokens, start, cache)
+  called = request.getfixturevalue("interpreted")
+  result, cache = jax.jit(lambda *arguments: model.hidden(*arguments))(tokens, start, cache)
+  # The norms after attention and MLP; the first norm has nothing to add.
+  assert called == [attention, "add_norm_kernel", "add_norm_kernel"]
   np.testing.assert_allclose(result.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.05, atol=0.05)
   for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
     np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=0.05, atol=0.05)
 
 
-def test_a_decode_step_on_an_h200_takes_the_kernels(lower_for_h200):
+def test_the_kernels_write_and_read_one_row_of_a_cache_where_it_is(interpreted):
+  model = Decoder(dataclasses.replace(TINY, head_dim=32), rngs=nnx.Rngs(0))
+  before = KVCache.empty(model.config, 3, 16)
+  before = jax.tree.map(lambda buffer: jnp.full_like(buffer, 7), before)
+  tokens = jnp.arange(5)[None]
+  row, start = jnp.array(1, jnp.int32), jnp.zeros(1, jnp.int32)
+  alone, small = jax.jit(lambda cache: model.hidden(tokens, start, cache))(KVCache.empty(model.config, 1, 8))
+  hidden, view = jax.jit(lambda cache: model.hidden(tokens, start, cache.view(8, row)))(before)
+  assert "prompt_attention" in interpreted
+  np.testing.assert_array_equal(hidden, alone)
+  for whole, of_row in zip(jax.tree.leaves(view.whole()), jax.tree.leaves(small), strict=True):
+    np.testing.assert_array_equal(whole[1, :5], of_row[0, :5])
+    np.testing.assert_array_equal(whole.at[1, :5].set(7), 7)
+
+
+def test_on_an_h200_a_prompt_and_a_decode_step_take_the_kernels(lower_for_h200):
   model = Decoder(dataclasses.replace(TINY, head_dim=32), rngs=nnx.Rngs(0))
   graphdef, weights = nnx.split(model)
   cache, start = KVCache.empty(model.config, 2, 16), jnp.zeros(2, jnp.int32)
@@ -272,6 +293,8 @@ def test_a_decode_step_on_an_h200_takes_the_kernels(lower_for_h200):
       return nnx.merge(graphdef, weights).hidden(jnp.zeros((2, tokens), jnp.int32), start, cache)
 
     text = lower_for_h200(step, weights)
-    return [name in text for name in ("decode_attention", "add_norm", "__gpu$xla.gpu.triton")]
+    assert "__gpu$xla.gpu.triton" in text
+    return [name for name in ("decode_attention", "prompt_attention", "add_norm") if f"call @{name}(" in text]
 
-  assert kernels(tokens=1) == [True] * 3 and kernels(tokens=2) == [False] * 3
+  assert kernels(tokens=1) == ["decode_attention", "add_norm"]
+  assert kernels(tokens=2) == ["prompt_attention", "add_norm"]
