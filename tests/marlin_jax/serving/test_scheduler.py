@@ -2,6 +2,7 @@
 """Requests in, events out, on a tiny model: what each gets is what it gets alone, whatever happens around it."""
 
 import dataclasses
+import gc
 import queue
 import random
 import threading
@@ -197,6 +198,14 @@ def test_a_recompilation_is_what_the_server_compiles_not_what_others_do_in_its_p
   assert Client(scheduler, prompt=(1, 2, 3), max_new_tokens=20).result()[2].error is None
   assert scheduler.stats.recompilations == 1
   assert scheduler.drain(TIMEOUT)
+
+
+def test_while_it_runs_a_full_garbage_collection_passes_over_what_compiling_left(model, config):
+  scheduler = Scheduler(Engine(model, config))
+  scheduler.start()
+  frozen = gc.get_freeze_count()
+  assert scheduler.drain(TIMEOUT)
+  assert frozen > 100_000 and gc.get_freeze_count() == 0
 
 
 def test_too_many_faults_in_a_row_end_it(model, config, monkeypatch):
