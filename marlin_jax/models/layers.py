@@ -112,14 +112,14 @@ class Attention(nnx.Module):
     """Attend among the tokens (cached is None), or write their keys and values into `cached` and attend to it.
 
     Without a cache the tokens stand at positions 0 .. T-1. Returns what `o_proj` is to read, and the keys and
-    values attended to. `fused` takes one kernel for it, which needs a cache; that for one token a row needs beside keys
-    and values in `cached` the zeros in which its programs count themselves.
+    values attended to. `fused` takes the kernels, which need a cache; that for one token a row needs beside keys and
+    values in `cached` the zeros in which its programs count themselves.
     """
     queries, keys, values = self._heads(projected)
     if fused:
       assert cached is not None
       qkv = jnp.concatenate([queries, keys, values], axis=2)
-      attended, cached = self._attend_in_one_kernel(qkv, positions[:, 0], rope, cached)
+      attended, cached = self._attend_by_kernel(qkv, positions[:, 0], rope, cached)
       attended = attended.reshape(*positions.shape, -1)
     else:
       queries, keys = rotate(queries, rope), rotate(keys, rope)
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
     projections = (self.qkv_proj,) if hasattr(self, "qkv_proj") else (self.q_proj, self.k_proj, self.v_proj)
     return tuple(read(project, x) for project in projections)
 
-  def _attend_in_one_kernel(
+  def _attend_by_kernel(
     self, qkv: Float[Array, "B T heads D"], start: Int[Array, " B"], rope: Rope, cached: Cached
   ) -> tuple[Array, Cached]:
     cos, sin = rope
@@ -143,8 +143,8 @@ class Attention(nnx.Module):
       attended, *cached = decode_attention(qkv[:, 0], *cached, start, cos[:, 0], sin[:, 0], window=self.window)
       return attended, tuple(cached)
     (keys, row, length), (values, *_) = (located(one, len(qkv)) for one in cached)
-    options = {"length": length, "window": self.window}
-    attended, *buffers = prompt_attention(qkv, keys, values, row, start, cos, sin, **options)
+    where = {"length": length, "window": self.window}
+    attended, *buffers = prompt_attention(qkv, keys, values, row, start, cos, sin, **where)
     return attended, tuple(map(replaced, cached, buffers))
 
   def _heads(self, projected: Projected) -> tuple[Array, Array, Array]:
