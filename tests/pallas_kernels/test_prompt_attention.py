@@ -46,7 +46,7 @@ def reference(qkv, keys, values, row, start, cos, sin, *, length, window=None):
   q, k = rotate(q, rope), rotate(k, rope)
   positions = start[:, None] + jnp.arange(qkv.shape[1])
   for b in range(len(qkv)):
-    here = KVCache(keys=(keys,), values=(values,)).row(row[b], length)
+    here = KVCache(keys=(keys,), values=(values,)).view(length, row[b])
     one = slice(b, b + 1)
     new_keys, new_values = write(here.keys[0], k[one], start[one]), write(here.values[0], v[one], start[one])
     arguments = (array.astype(jnp.float32) for array in (q[one], read(new_keys), read(new_values)))
