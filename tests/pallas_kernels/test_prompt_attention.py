@@ -101,7 +101,7 @@ def test_float16(rng):
 
 # Padding at the end of a prompt may stand beyond what is in use of the row, and beyond the row.
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize(("start", "length"), [(40, 48), (40, 64), (90, 100), (64, 64), (100, 64)])
+@pytest.mark.parametrize(("start", "length"), [(40, 48), (90, 100), (100, 64)])
 def test_a_token_beyond_the_length_is_not_written_and_stays_finite(rng, start, length, window):
   arguments = problem(rng, [start], 32, 100)
   out, keys, values = check(arguments, length=length, window=window, interpret=True)
