@@ -5,9 +5,10 @@
     prompt_attention   program (query head, 64 tokens, row): rotates its queries, then takes what they see from the
                        cache, 64 keys at a time from its first position on
 
-So what a token gets depends on its position and on nothing else: not on where its chunk begins, not on the other rows.
-In one kernel each program would have to rotate again what the others of its chunk write. That saves a launch of 2 us,
-and the angles, read again for each block of keys, made 230 us of 148 for 2048 new tokens.
+So the order in which a token's sums are made depends on its position and on nothing else: not on where its chunk
+begins, not on the other rows. In one kernel each program would have to rotate again what the others of its chunk
+write. That saves a launch of 2 us, and the angles, read again for each block of keys, made 230 us of 148 for 2048 new
+tokens.
 """
 
 import functools
