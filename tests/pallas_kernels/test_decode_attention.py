@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import functools
 
 import jax
@@ -7,36 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import write
-from marlin_jax.models.layers import attend, rope_table, rotate
+from marlin_jax.models.layers import attend, rotate
 from pallas_kernels.attention import unsupported_reason
 from pallas_kernels.decode_attention import decode_attention as decode_attention_with_arrivals
 from pallas_kernels.hardware import Device
-
-CONFIG = ModelConfig(
-  vocab_size=8,
-  hidden_size=64,
-  intermediate_size=64,
-  num_layers=1,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=32,
-  max_position_embeddings=1024,
-)
+from tests.pallas_kernels.attention_problems import angles, normal
 
 # In a cache of 520: nothing but the new token, a chunk's last position, the next one's first and second, the last.
 BORDERS = [0, 255, 256, 257, 511, 512, 519, 30]
 
 
 def problem(rng, batch, length, heads=4, kv_heads=2, head_dim=32, dtype=jnp.bfloat16):
-  def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype)
-
   return (
-    normal(batch, heads + 2 * kv_heads, head_dim),
-    normal(batch, length, kv_heads, head_dim),
-    normal(batch, length, kv_heads, head_dim),
+    normal(rng, batch, heads + 2 * kv_heads, head_dim, dtype=dtype),
+    normal(rng, batch, length, kv_heads, head_dim, dtype=dtype),
+    normal(rng, batch, length, kv_heads, head_dim, dtype=dtype),
   )
 
 
@@ -72,7 +57,7 @@ def check(arguments, **options):
 
 
 def rope(position, head_dim=32):
-  cos, sin = rope_table(dataclasses.replace(CONFIG, head_dim=head_dim), position[:, None])
+  cos, sin = angles(position[:, None], head_dim)
   return cos[:, 0], sin[:, 0]
 
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import functools
 
 import jax
@@ -7,35 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marlin_jax.models.config import ModelConfig
 from marlin_jax.models.kv_cache import KVCache, read, write
-from marlin_jax.models.layers import attend, rope_table, rotate
+from marlin_jax.models.layers import attend, rotate
 from pallas_kernels.prompt_attention import prompt_attention
-
-CONFIG = ModelConfig(
-  vocab_size=8,
-  hidden_size=64,
-  intermediate_size=64,
-  num_layers=1,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=32,
-  max_position_embeddings=1024,
-)
+from tests.pallas_kernels.attention_problems import angles, normal
 
 
-def problem(rng, starts, tokens, length, heads=4, kv_heads=2, head_dim=32, dtype=jnp.bfloat16, rows=None):
+def problem(rng, starts, tokens, length, heads=4, kv_heads=2, head_dim=32, dtype=jnp.bfloat16):
   """Queries, keys and values of new tokens, a cache, and where they stand; sequence b has row b + 1 of the cache."""
-
-  def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype)
-
-  batch = len(starts)
-  cache = (normal(batch + 1, length, kv_heads, head_dim) for _ in range(2))
-  start = jnp.asarray(starts, jnp.int32)
-  angles = rope_table(dataclasses.replace(CONFIG, head_dim=head_dim), start[:, None] + jnp.arange(tokens))
+  batch, start = len(starts), jnp.asarray(starts, jnp.int32)
+  cache = (normal(rng, batch + 1, length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+  qkv = normal(rng, batch, tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
   row = jnp.arange(1, batch + 1, dtype=jnp.int32)
-  return normal(batch, tokens, heads + 2 * kv_heads, head_dim), *cache, row, start, *angles
+  return qkv, *cache, row, start, *angles(start[:, None] + jnp.arange(tokens), head_dim)
 
 
 def reference(qkv, keys, values, row, start, cos, sin, *, length, window=None):
