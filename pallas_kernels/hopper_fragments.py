@@ -4,6 +4,8 @@
 Everything here is for a warpgroup, 128 threads. `fa` is a private API of JAX: the lowering tests watch it.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -48,6 +50,73 @@ def thread_of_warpgroup():
   return arith.remui(mgpu.utils.thread_idx(), constant(128))
 
 
+class Address(NamedTuple):
+  """A place in shared memory, in bytes, int32 scalars. What is known when a kernel is compiled is best in `offset`."""
+
+  base: Any
+  offset: Any
+
+
+class Ring(NamedTuple):
+  """Where the stages of an operand are in shared memory, int32 scalars.
+
+  What reads a part of a stage takes its address: of every array that is handed to an inline function, whole or in part,
+  Pallas would have to find the layout, which was half of what lowering cost (docs/kernel.md, What lowering costs).
+
+  Attributes:
+    start: address of what is read of the first stage.
+    apart: bytes from one stage to the next.
+  """
+
+  start: Any
+  apart: Any
+
+  def address(self, stage, offset) -> Address:
+    """Of the byte `offset` of a stage, ints or int32 scalars."""
+    return Address(self.start, stage * self.apart + offset)
+
+
+def ring_of(stages, first, transforms=()) -> Ring:
+  """The ring of an array of stages, of which reading begins at the byte `first`, an int or an int32 scalar."""
+  scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=Layout.WG_SPLAT)
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=Ring(scalar, scalar))
+  def find(ctx, ref):
+    del ctx
+    kind = ir.MemRefType(ref.type)
+    strides, _ = kind.get_strides_and_offset()
+    start = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
+    apart = constant(strides[0] * mgpu.utils.bytewidth(kind.element_type))
+    return Ring(*(fa.FragmentedArray.splat(value, (), is_signed=True) for value in (start, apart)))
+
+  start, apart = find(stages)
+  return Ring(start + first, apart)
+
+
+class Columns(NamedTuple):
+  """A value for each of 64 columns, in shared memory: an address and a dtype."""
+
+  address: Address
+  dtype: Any
+
+
+_ADDRESS = Address(Layout.WG_SPLAT, Layout.WG_SPLAT)  # as an argument of an inline function
+
+
+def _pointer(address: Address):
+  """To shared memory, within an inline function."""
+  # One base and constant offsets: as sums, ten addresses of a loop took twenty registers, and 64 rows spilled.
+  base, offset = (scalar.registers.item() for scalar in address)
+  base = llvm.inttoptr(llvm.PointerType.get(address_space=3), base)
+  return mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
+
+
+def _array(address: Address, shape: tuple[int, ...], element: ir.Type):
+  """An array in shared memory, likewise."""
+  kind = ir.MemRefType.get(shape, element, memory_space=mgpu.utils.smem())
+  return mgpu.utils.ptr_as_memref(_pointer(address), kind)
+
+
 # What a fragment whose weights are scaled is multiplied by, until its sums are divided by it; others by DECODED.
 DECODED_SCALED = 2.0**-40
 
@@ -73,40 +142,40 @@ def _decode_asm(dtype, linear: tuple[str, ...]) -> str:
 OF_BITS_SCALED = (2.0**93, -(2.0**-37)), (2.0**89, -(2.0**-37))
 
 
-def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
+def decode_tile(
+  words: Address, dtype, *, planes: int, zero: int, zeros: Columns | None = None, scales: Columns | None = None
+):
   """The (64 n, 64 k) tile of codes less a zero point, as a wgmma A fragment: times DECODED, exact.
 
   With scales times those and DECODED_SCALED, rounded once: they must be of less than 2**34.
 
   Args:
-    planes: shared memory of 1024 int16 words of nibbles (layout.py), of which a thread reads eight; or two of them, the
-      high and the low nibbles of codes of 8 bits. Read in here, because every layout that Pallas must find makes
-      lowering longer (docs/kernel.md, What lowering costs).
+    words: address of 1024 int16 words of nibbles (layout.py), of which a thread reads eight.
+    planes: 1, or 2: the high nibbles of codes of 8 bits, then the low ones.
     zero: the code that is to be zero, 0 or the middle one.
-    zeros: shared memory of a zero point for each of 64 columns, a fraction perhaps: the difference is rounded once. Of
-      codes of 4 bits in bfloat16 whose `zero` is 0; beside float16's 1024 there is no room for a fraction.
-    scales: shared memory of a scale for each of 64 columns, of codes of 4 bits in bfloat16 without zeros.
+    zeros: fractions perhaps: the difference is rounded once. Of codes of 4 bits in bfloat16 whose `zero` is 0; beside
+      float16's 1024 there is no room for a fraction.
+    scales: of codes of 4 bits in bfloat16 without zeros.
   """
-  more = [ref for ref in (zeros, scales) if ref is not None]
+  more = [values for values in (zeros, scales) if values is not None]
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(()),) * (len(planes) + len(more)),
+    arg_types=(_ADDRESS,) * (1 + len(more)),
     return_type=plgpu.ShapeDtypeStruct((layout.TILE, layout.TILE), dtype, layout=Layout.WGMMA),
   )
-  def decode(ctx, *refs):
+  def decode(ctx, words, *addresses):
     del ctx
     i32 = ir.IntegerType.get_signless(32)
     element = mgpu.utils.dtype_to_ir_type(dtype)
-    pair = ir.VectorType.get((2,), element)
+    pair, byte = ir.VectorType.get((2,), element), ir.IntegerType.get_signless(8)
 
     def number(value):
       return arith.constant(element, ir.FloatAttr.get(element, value))
 
     def linear():
       """What `_decode_asm` takes from registers; a thread has two columns, one's nibbles in bits 0 to 3."""
-      values = fa.FragmentedArray.load_untiled(refs[-1], layout=fa.WGMMA_LAYOUT.reduce((1,)), optimized=False)
       operands = []
-      for i, value in enumerate(values.astype(element).registers.flat):
+      for i, value in enumerate(_load_columns(*addresses, more[0].dtype).astype(element).registers.flat):
         value = vector.extract(value, [], [0])
         if scales is not None:
           operands += [arith.mulf(value, number(part)) for part in OF_BITS_SCALED[i]]
@@ -114,9 +183,11 @@ def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
           operands += [number(OF_BITS[dtype][i][0]), arith.mulf(value, number(-DECODED[dtype]))]
       return [mgpu.utils.bitcast(vector.broadcast(pair, operand), i32) for operand in operands]
 
-    def nibbles(words_ref, zero):
-      (vec,) = fa.FragmentedArray.load_strided(words_ref, is_signed=True, vec_size=8).registers.flat
-      vec = vector.bitcast(ir.VectorType.get((4,), i32), vec)
+    def nibbles(plane, zero):
+      mine = arith.extui(ir.IntegerType.get_signless(64), arith.muli(thread_of_warpgroup(), constant(16)))
+      there = mgpu.utils.getelementptr(_pointer(words), [mine], byte)
+      there = mgpu.utils.getelementptr(there, [plane * 2 * layout.TILE_WORDS], byte)
+      vec = llvm.load(ir.VectorType.get((4,), i32), there, alignment=16)
       if more:
         of_columns, names = linear(), tuple(f"${i}" for i in range(5, 9))
       else:
@@ -124,36 +195,40 @@ def decode_tile(planes, dtype, *, zero: int, zeros=None, scales=None):
         for factor, offset in OF_BITS[dtype]:
           names += pair_literal(factor, dtype), pair_literal(offset - zero * DECODED[dtype], dtype)
       text, constraints = _decode_asm(dtype, names), "=&r,=&r,=&r,=&r,r" + ",r" * len(of_columns)
-      words = [vector.extract(vec, [], [j]) for j in range(4)]
-      return [p for word in words for p in asm([i32] * 4, [word, *of_columns], text, constraints)]
+      four = [vector.extract(vec, [], [j]) for j in range(4)]
+      return [p for word in four for p in asm([i32] * 4, [word, *of_columns], text, constraints)]
 
-    pairs = nibbles(refs[0], zero if len(planes) == 1 else zero // 16)
-    if len(planes) == 2:
+    pairs = nibbles(0, zero if planes == 1 else zero // 16)
+    if planes == 2:
       # code - 128 = 16 (high - 8) + low: every term is an integer of at most 8 bits.
       kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
       text = f"{{ .reg .b32 sixteen; mov.b32 sixteen, {pair_literal(16, dtype)}; fma.rn.{kind} $0, $1, sixteen, $2; }}"
-      low = nibbles(refs[1], 0)
+      low = nibbles(1, 0)
       pairs = [asm([i32], [h, l], text, "=r,r,r")[0] for h, l in zip(pairs, low, strict=True)]
     registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((layout.TILE, layout.TILE)), dtype=object)
     registers.flat[:] = [mgpu.utils.bitcast(p, pair) for p in pairs]
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-  return decode(*planes, *more)
+  return decode(words, *(values.address for values in more))
 
 
-def of_columns(values_smem, shape: tuple[int, int]):
-  """values_smem[n], of 64, at every [n, :] of `shape`, as an accumulator or a fragment has it; a thread reads two."""
+def of_columns(values: Columns, shape: tuple[int, int]):
+  """values[n] at every [n, :] of `shape`, as an accumulator or a fragment has it."""
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(()),), return_type=plgpu.ShapeDtypeStruct(shape, values_smem.dtype, layout=Layout.WGMMA)
+    arg_types=(_ADDRESS,), return_type=plgpu.ShapeDtypeStruct(shape, values.dtype, layout=Layout.WGMMA)
   )
-  def load(ctx, values_ref):
+  def load(ctx, address):
     del ctx
-    layout = fa.WGMMA_LAYOUT.reduce((1,))
-    values = fa.FragmentedArray.load_untiled(values_ref, layout=layout, optimized=False)
-    return values.broadcast_in_dim(shape, (0,), fa.WGMMA_LAYOUT)
+    return _load_columns(address, values.dtype).broadcast_in_dim(shape, (0,), fa.WGMMA_LAYOUT)
 
-  return load(values_smem)
+  return load(values.address)
+
+
+def _load_columns(address: Address, dtype) -> fa.FragmentedArray:
+  """Those two of `Columns` that a thread has."""
+  values = _array(address, (layout.TILE,), mgpu.utils.dtype_to_ir_type(dtype))
+  return fa.FragmentedArray.load_untiled(values, layout=fa.WGMMA_LAYOUT.reduce((1,)), optimized=False)
 
 
 def _scalars(array):
@@ -168,29 +243,31 @@ def _accumulator(scalars, shape):
   return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
-def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
+def mma_issue(w, x: Address, acc, *, block_m: int, block_k: int, positions=None, k_steps=(0, 4)):
   """Starts acc + w . x^T on four steps of a tile, or [k_steps) of them. Not to be read before `mma_wait`.
 
   A step is 16 k; with `positions`, of 2:4 sparse weights, 32 k, of which w holds 16. An acc of None is zero.
+
+  Args:
+    x: address of its first 64 k, in a stage of block_m rows and block_k k with X_TRANSFORMS: of
+      [block_m / 8, block_k / 64, 8, 64].
 
   Not plgpu.wgmma: there an accumulator starts as registers full of zeros, and ptxas serialises every wgmma of the
   kernel when it sees ordinary instructions write accumulators while others are in flight. The first instruction of
   a sum ignores its accumulator instead (scale-d = 0).
   """
-  block_m, _ = x_smem.shape
   shape = (layout.TILE, block_m)
   dtype = "bf16" if w.dtype == jnp.bfloat16 else "f16"
 
-  def issue(ctx, w, x_ref, *others):
+  def issue(ctx, w, x, *others):
     del ctx
     others = list(others)
     meta = None if positions is None else others.pop(0)
     (acc,) = others or [None]
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
     count = block_m // 2
-    strides, _ = ir.MemRefType(x_ref.type).get_strides_and_offset()  # of [block_m / 8, k / 64, 8, 64]
     descriptor = mma_utils.encode_descriptor(
-      x_ref, leading_byte_offset=0, stride_byte_offset=strides[0] * 2, swizzle=_SWIZZLE
+      _pointer(x), leading_byte_offset=0, stride_byte_offset=8 * block_k * 2, swizzle=_SWIZZLE
     )
     low, high = (arith.trunci(i32, word) for word in (descriptor, arith.shrui(descriptor, mgpu.c(32, descriptor.type))))
     # Plus a zero that ptxas does not know to be one: where it knows the high half, it writes it anew before every
@@ -204,9 +281,9 @@ def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
     asm_void("wgmma.fence.sync.aligned;")
     for step in range(*k_steps):
       a = fragment[4 * step : 4 * step + 4]
-      # In sixteens of bytes: 16 values are two, and after 64 values there is the next run of 8 rows x 64 values.
+      # In sixteens of bytes: 16 values are two, and after 64 of them there is the next run of 8 rows x 64 values.
       k = 16 * step if meta is None else 32 * step
-      advance = k // 64 * strides[1] // 8 + k % 64 // 8
+      advance = k // 64 * 8 * 64 // 8 + k % 64 // 8
       outs = ", ".join(f"${i}" for i in range(count))
       first = count if sums is None else 2 * count
       regs = ", ".join(f"${first + i}" for i in range(4))
@@ -227,7 +304,7 @@ def mma_issue(w, x_smem, acc, *, positions=None, k_steps=(0, 4)):
     asm_void("wgmma.commit_group.sync.aligned;")
     return _accumulator(sums, shape)
 
-  args, arg_types = [w, x_smem], [Layout.WGMMA, plgpu.RefType(X_TRANSFORMS)]
+  args, arg_types = [w, x], [Layout.WGMMA, _ADDRESS]
   for arg, arg_type in ((positions, POSITIONS), (acc, Layout.WGMMA)):
     if arg is not None:
       args.append(arg)

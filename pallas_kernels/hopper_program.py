@@ -38,7 +38,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import layout
 from pallas_kernels.dequant import DECODED
 from pallas_kernels.hopper_config import FEW_REGISTERS, HopperConfig
-from pallas_kernels.hopper_fragments import DECODED_SCALED, POSITIONS, decode_tile, mma_issue, mma_wait, of_columns
+from pallas_kernels.hopper_fragments import (
+  DECODED_SCALED,
+  POSITIONS,
+  X_TRANSFORMS,
+  Columns,
+  decode_tile,
+  mma_issue,
+  mma_wait,
+  of_columns,
+  ring_of,
+)
 from pallas_kernels.hopper_norm import write_factors
 from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
 from pallas_kernels.problem import MatmulProblem
@@ -159,7 +169,8 @@ def compute(block: Block, wg):
   """A computing warpgroup (wg, an int32 scalar): its part of the block's sums, its share of what is written of them."""
   b, c, problem, scratch = block, block.config, block.problem, block.scratch
   gmem, smem, dtype, tile_k = b.gmem, b.smem, problem.dtype, problem.tile_k
-  stages, tiles_each = c.num_stages, c.block_k // tile_k // c.warpgroups_k
+  stages, tiles = c.num_stages, c.block_k // tile_k
+  tiles_each = tiles // c.warpgroups_k
   group_size, runs = c.group_size(problem), c.groups_per_stage(problem)
   _, steps = b.run_of_steps()
   column_tile, part = b.column_tile_and_part(wg)
@@ -167,6 +178,12 @@ def compute(block: Block, wg):
   first_column = b.n * c.block_n + column_tile * layout.TILE
   share = b.k * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
   sums_shape = (layout.TILE, c.block_m)
+  # Where this warpgroup's part of each stage begins, in bytes.
+  planes, column = problem.bits // 4, column_tile * layout.TILE
+  tile_bytes = 2 * layout.TILE_WORDS * planes
+  first = dict(words=(column_tile * tiles + first_tile) * tile_bytes, x=first_tile * tile_k * 8 * 2)
+  first |= {name: column * smem[name].dtype.itemsize for name in ("scales", "zeros") if name in smem}
+  ring = {name: ring_of(smem[name], place, X_TRANSFORMS if name == "x" else ()) for name, place in first.items()}
   # Decoding subtracts zero points, in bfloat16, or multiplies by scales, where a scale times the zero point is exact.
   zeros_fused = problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
   scales_fused = c.scale_weights and not problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
@@ -180,12 +197,12 @@ def compute(block: Block, wg):
 
   def weights(stage, tile):
     with jax.named_scope("dequantize"):
-      planes = [smem["words"].at[stage, column_tile, first_tile + tile, plane] for plane in range(problem.bits // 4)]
+      words = ring["words"].address(stage, tile * tile_bytes)
       zero = 0 if problem.zeros else 2 ** (problem.bits - 1)
       zeros = group_of("zeros", stage, tile * tile_k) if problem.zeros else None
       scales = group_of("scales", stage, tile * tile_k) if c.scale_weights else None
       fused = dict(zeros=zeros if zeros_fused else None, scales=scales if scales_fused else None)
-      w = decode_tile(planes, dtype, zero=zero, **fused)
+      w = decode_tile(words, dtype, planes=planes, zero=zero, **fused)
       if zeros is not None and not zeros_fused:
         w -= of_columns(zeros, w.shape) * dtype.type(DECODED[dtype])
       return w if scales is None or scales_fused else w * of_columns(scales, w.shape).astype(dtype)
@@ -198,7 +215,8 @@ def compute(block: Block, wg):
   def group_of(name, stage, k):
     """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
     group = 0 if runs == 1 else index(k, group_size)
-    return smem[name].at[stage, group, pl.ds(column_tile * layout.TILE, layout.TILE)]
+    dtype = smem[name].dtype
+    return Columns(ring[name].address(stage, group * c.block_n * dtype.itemsize), dtype)
 
   def beginning():
     """What the sums are added to: 0, and in the first share the bias."""
@@ -218,13 +236,14 @@ def compute(block: Block, wg):
     """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
     partial = acc if c.scale_weights else None
     for tile in range(tiles_each):
-      x = smem["x"].at[stage, :, pl.ds((first_tile + tile) * tile_k, tile_k)]
+      x = ring["x"].address(stage, tile * tile_k * 8 * 2)
       w, positions = w
+      operands = dict(block_m=c.block_m, block_k=c.block_k, positions=positions)
       if group_size < tile_k:
         steps_of_half = ((0, 2), (2, 4))
-        started = [mma_issue(w, x, None, positions=positions, k_steps=steps) for steps in steps_of_half]
+        started = [mma_issue(w, x, None, k_steps=steps, **operands) for steps in steps_of_half]
       else:
-        started = [mma_issue(w, x, partial, positions=positions)]
+        started = [mma_issue(w, x, partial, **operands)]
 
       def decode_next(tile=tile):
         return fragment(stage, tile + 1) if tile + 1 < tiles_each else following()

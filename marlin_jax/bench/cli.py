@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
   model.add_argument("--weights", choices=("bf16", "4-bit"), nargs="+", default=("bf16", "4-bit"))
   model.add_argument("--sparse24", action="store_true", help="4 bits with 2:4 sparsity, too")
   model.add_argument("--group-size", type=group_size, default=128, help="16, 32, 64, 128 (default), ... or column")
-  model.add_argument("--quantize-head", action="store_true", help="the output head in 4 bits, too")
+  model.add_argument("--quantize-head", action="store_true", help="then again, with the output head in 4 bits")
   model.add_argument("--batches", type=int, nargs="+", default=MODEL_BATCHES, metavar="B")
   model.add_argument("--prompt-tokens", type=int, default=64)
   model.add_argument("--new-tokens", type=int, default=64)

@@ -54,6 +54,7 @@ def bench_model(
   Args:
     name: of the model, for the table.
     specs: the precisions; None is bfloat16.
+    quantize_head: once more in each precision but bfloat16, with the output head in it, too.
     profiled: print where a decode step's time goes, too.
 
   Raises:
@@ -69,16 +70,18 @@ def bench_model(
     raise ValueError(f"{prompt_tokens=} + {new_tokens=} must be at most {config.max_position_embeddings}, the context")
   ceilings = measure_ceilings()
   print(f"{device.kind}: reads {ceilings[0] / 1e12:.2f} TB/s, multiplies {ceilings[1] / 1e12:.0f} TFLOP/s")
-  print("weights  batch  step ms  floor  ratio  tokens/s  speed-up  first ms  compile s")
+  print("weights          batch  step ms  floor  ratio  tokens/s  speed-up  first ms  compile s")
   rows: list[dict[str, Any]] = []
-  for spec in specs:
+  variants = [(spec, False) for spec in specs]
+  variants += [(spec, True) for spec in specs if quantize_head and spec is not None]
+  for spec, head in variants:
     weights = "bf16" if spec is None else f"{spec.bits}-bit" + (", 2:4" if spec.sparse24 else "")
-    size = nbytes(abstract_model(config, spec, quantize_head=quantize_head))
+    size = nbytes(abstract_model(config, spec, quantize_head=head))
     room = jax.local_devices()[0].memory_stats()["bytes_limit"]
     if size > 0.95 * room:
-      print(f"{weights:<7}  {size / 1e9:.1f} GB of weights do not fit {room / 1e9:.1f} GB: left out")
+      print(f"{weights}  {size / 1e9:.1f} GB of weights do not fit {room / 1e9:.1f} GB: left out")
       continue
-    model = random_model(config, spec, quantize_head=quantize_head)
+    model = random_model(config, spec, quantize_head=head)
     for batch in batches:
       measured = measure_decode(model, batch, prompt_tokens, new_tokens, profiled=profiled)
       bound = step_floor(model, batch, prompt_tokens + new_tokens // 2, *ceilings)
@@ -89,7 +92,7 @@ def bench_model(
           model=name,
           weights=weights,
           group_size=None if spec is None else spec.group_size,
-          head="bf16" if spec is None or not quantize_head else weights,
+          head=weights if head else "bf16",
           batch=batch,
           prompt_tokens=prompt_tokens,
           new_tokens=new_tokens,
@@ -190,7 +193,7 @@ def measure_decode(
 
 def _line(row: dict[str, Any]) -> str:
   return (
-    f"{row['weights']:<7} {row['batch']:>6} {row['step_ms']:>8.3f} {row['floor_ms']:>6.3f} "
+    f"{row['weights'] + (', head' if row['head'] != 'bf16' else ''):<15} {row['batch']:>6} {row['step_ms']:>8.3f} {row['floor_ms']:>6.3f} "
     f"{row['step_over_floor']:>6.2f} {row['tokens_per_second']:>9.0f} {row['speedup']:>9.2f} "
     f"{row['first_token_ms']:>9.2f} {row['compile_s']:>10.1f}"
   )
