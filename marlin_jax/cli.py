@@ -11,7 +11,10 @@ from marlin_jax.arguments import add_calibration, calibration, group_size
 from marlin_jax.bench.cli import add_commands
 from marlin_jax.calibration import Gptq
 from marlin_jax.checkpoint import load_model
+from marlin_jax.checkpoint.folder import find_folder
+from marlin_jax.checkpoint.huggingface import read_config
 from marlin_jax.console import describe_checkpoint, describe_matmuls, write_continuation
+from marlin_jax.convert import keep_head_and_routers, keep_routers
 from marlin_jax.demo.run import run_demo
 from marlin_jax.generation.sampling import Sampling
 from marlin_jax.quantization import CALIBRATED, QUANTIZERS, quantize_checkpoint
@@ -41,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
   symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=None, help="no zero points")
   symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
   quantize.add_argument("--sparse24", action="store_true", help="keep two of every four weights; rtn, wanda, gptq")
+  quantize.add_argument("--quantize-head", action="store_true", help="the output head, too; the default leaves it")
   quantize.add_argument(
     "--method",
     choices=(*QUANTIZERS, *CALIBRATED),
@@ -96,6 +100,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
   method: str | Gptq = arguments.method
   if method == "gptq":
     method = Gptq(damping=arguments.damping, act_order=arguments.act_order)
+  if arguments.quantize_head and read_config(find_folder(arguments.source))[1].tie_word_embeddings:
+    raise ValueError(f"--quantize-head: the head of {arguments.source} is its embedding table, which stays as it is")
   quantize_checkpoint(
     arguments.source,
     arguments.destination,
@@ -107,6 +113,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     calibration=calibration(arguments) if arguments.method in CALIBRATED else None,
     calibration_count=arguments.calibration_count,
     calibration_length=arguments.calibration_length,
+    predicate=keep_routers if arguments.quantize_head else keep_head_and_routers,
     format=arguments.format,
   )
   print(describe_checkpoint(arguments.destination))

@@ -67,6 +67,12 @@ def keep_head_and_routers(path: Path, layer: Any) -> bool:
   return path[-1] not in ("lm_head", "router")
 
 
+def keep_routers(path: Path, layer: Any) -> bool:
+  """The predicate that quantizes the output head, too: it is the largest matrix, and read at every step."""
+  del layer
+  return path[-1] != "router"
+
+
 def convert(
   model: nnx.Module,
   spec: QuantSpec = QuantSpec(),

@@ -192,8 +192,9 @@ def measure_decode(
 
 
 def _line(row: dict[str, Any]) -> str:
+  weights = row["weights"] + ("" if row["head"] == "bf16" else ", head")
   return (
-    f"{row['weights'] + (', head' if row['head'] != 'bf16' else ''):<15} {row['batch']:>6} {row['step_ms']:>8.3f} {row['floor_ms']:>6.3f} "
+    f"{weights:<15} {row['batch']:>6} {row['step_ms']:>8.3f} {row['floor_ms']:>6.3f} "
     f"{row['step_over_floor']:>6.2f} {row['tokens_per_second']:>9.0f} {row['speedup']:>9.2f} "
     f"{row['first_token_ms']:>9.2f} {row['compile_s']:>10.1f}"
   )

@@ -45,6 +45,23 @@ def test_a_sparse_copy_is_written_and_said_to_be_one(tmp_path, capsys):
   assert "sparse24 with bits=8 and symmetric=True is not implemented" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+def test_the_output_head_is_quantized_when_asked_for(format, tmp_path, capsys):
+  folder, options = tmp_path / "whole", ["--group-size", "64", "--format", format, "--quantize-head"]
+  assert main(["quantize", str(LLAMA), str(folder), *options]) == 0
+  assert "15 quantized layers" in capsys.readouterr().out
+  model = load_model(folder)
+  assert isinstance(model.lm_head, QuantLinear) and model.lm_head.out_features == model.config.vocab_size
+  assert main(["generate", str(folder), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
+  assert "15 quantized layers" in capsys.readouterr().err
+
+
+def test_a_head_that_is_the_embedding_table_is_not_quantized(tmp_path, capsys):
+  source = str(LLAMA.parent / "llama3rope-tied-bf16")
+  assert main(["quantize", source, str(tmp_path / "whole"), "--quantize-head"]) == 2
+  assert f"the head of {source} is its embedding table" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["gptq-int4-g128-sym", "ct-int4-g128-sym", "marlin-orig-g128"])
 def test_inspect_counts_the_bytes_of_other_tools_formats(name, capsys):
   assert main(["inspect", str(LLAMA.parent / name)]) == 0
