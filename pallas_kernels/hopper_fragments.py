@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from pallas_kernels import layout
 from pallas_kernels.dequant import DECODED, OF_BITS, pair_literal
@@ -51,46 +51,52 @@ def thread_of_warpgroup():
 
 
 class Address(NamedTuple):
-  """A place in shared memory, in bytes, int32 scalars. What is known when a kernel is compiled is best in `offset`."""
+  """A place in shared memory, in bytes from its beginning: the sum of two int32 scalars, none negative.
 
-  base: Any
+  Attributes:
+    own: what only a warpgroup knows.
+    offset: the rest, a constant wherever a loop is unrolled.
+  """
+
+  own: Any
   offset: Any
 
 
 class Ring(NamedTuple):
-  """Where the stages of an operand are in shared memory, int32 scalars.
+  """Where what a warpgroup reads of the stages of an operand is in shared memory: bytes, int32 scalars.
 
   What reads a part of a stage takes its address: of every array that is handed to an inline function, whole or in part,
-  Pallas would have to find the layout, which was half of what lowering cost (docs/kernel.md, What lowering costs).
+  Pallas would have to find the layout, which took a third of lowering (docs/kernel.md, What lowering costs).
 
   Attributes:
-    start: address of what is read of the first stage.
-    apart: bytes from one stage to the next.
+    own: from the beginning of a stage to what this warpgroup reads of it.
+    start: of the first stage.
+    apart: from one stage to the next.
   """
 
+  own: Any
   start: Any
   apart: Any
 
   def address(self, stage, offset) -> Address:
-    """Of the byte `offset` of a stage, ints or int32 scalars."""
-    return Address(self.start, stage * self.apart + offset)
+    """`offset` bytes after the first that is read of a stage, ints or int32 scalars."""
+    return Address(self.own, self.start + stage * self.apart + offset)
 
 
-def ring_of(stages, first, transforms=()) -> Ring:
-  """The ring of an array of stages, of which reading begins at the byte `first`, an int or an int32 scalar."""
+def ring_of(stages, own, transforms=()) -> Ring:
+  """The ring of an array of stages."""
   scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=Layout.WG_SPLAT)
 
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=Ring(scalar, scalar))
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=(scalar, scalar))
   def find(ctx, ref):
     del ctx
-    kind = ir.MemRefType(ref.type)
+    i32, kind = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type)
+    here, beginning = (llvm.ptrtoint(i32, pointer) for pointer in (mgpu.utils.memref_ptr(ref), _shared_memory()))
     strides, _ = kind.get_strides_and_offset()
-    start = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
     apart = constant(strides[0] * mgpu.utils.bytewidth(kind.element_type))
-    return Ring(*(fa.FragmentedArray.splat(value, (), is_signed=True) for value in (start, apart)))
+    return tuple(fa.FragmentedArray.splat(n, (), is_signed=True) for n in (arith.subi(here, beginning), apart))
 
-  start, apart = find(stages)
-  return Ring(start + first, apart)
+  return Ring(own, *find(stages))
 
 
 class Columns(NamedTuple):
@@ -105,16 +111,20 @@ _ADDRESS = Address(Layout.WG_SPLAT, Layout.WG_SPLAT)  # as an argument of an inl
 
 def _pointer(address: Address):
   """To shared memory, within an inline function."""
-  # One base and constant offsets: as sums, ten addresses of a loop took twenty registers, and 64 rows spilled.
-  base, offset = (scalar.registers.item() for scalar in address)
-  base = llvm.inttoptr(llvm.PointerType.get(address_space=3), base)
-  return mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
+  # Added up one by one, so that constants stay apart and become those of the instructions: as sums, ten addresses of a
+  # loop took twenty registers, and 64 rows spilled.
+  pointer = _shared_memory()
+  for part in address:
+    part = arith.extui(ir.IntegerType.get_signless(64), part.registers.item())
+    pointer = mgpu.utils.getelementptr(pointer, [part], ir.IntegerType.get_signless(8))
+  return pointer
 
 
-def _array(address: Address, shape: tuple[int, ...], element: ir.Type):
-  """An array in shared memory, likewise."""
-  kind = ir.MemRefType.get(shape, element, memory_space=mgpu.utils.smem())
-  return mgpu.utils.ptr_as_memref(_pointer(address), kind)
+def _shared_memory():
+  """A pointer to its beginning. From there all places are a constant away, and need no register each."""
+  byte, length = ir.IntegerType.get_signless(8), ir.ShapedType.get_dynamic_size()
+  kind = ir.MemRefType.get((length,), byte, memory_space=mgpu.utils.smem())
+  return mgpu.utils.memref_ptr(gpu.dynamic_shared_memory(kind))
 
 
 # What a fragment whose weights are scaled is multiplied by, until its sums are divided by it; others by DECODED.
@@ -227,7 +237,8 @@ def of_columns(values: Columns, shape: tuple[int, int]):
 
 def _load_columns(address: Address, dtype) -> fa.FragmentedArray:
   """Those two of `Columns` that a thread has."""
-  values = _array(address, (layout.TILE,), mgpu.utils.dtype_to_ir_type(dtype))
+  kind = ir.MemRefType.get((layout.TILE,), mgpu.utils.dtype_to_ir_type(dtype), memory_space=mgpu.utils.smem())
+  values = mgpu.utils.ptr_as_memref(_pointer(address), kind)
   return fa.FragmentedArray.load_untiled(values, layout=fa.WGMMA_LAYOUT.reduce((1,)), optimized=False)
 
 
@@ -248,13 +259,12 @@ def mma_issue(w, x: Address, acc, *, block_m: int, block_k: int, positions=None,
 
   A step is 16 k; with `positions`, of 2:4 sparse weights, 32 k, of which w holds 16. An acc of None is zero.
 
-  Args:
-    x: address of its first 64 k, in a stage of block_m rows and block_k k with X_TRANSFORMS: of
-      [block_m / 8, block_k / 64, 8, 64].
-
   Not plgpu.wgmma: there an accumulator starts as registers full of zeros, and ptxas serialises every wgmma of the
   kernel when it sees ordinary instructions write accumulators while others are in flight. The first instruction of
   a sum ignores its accumulator instead (scale-d = 0).
+
+  Args:
+    x: address of its first 64 k in a stage with X_TRANSFORMS, [block_m / 8, block_k / 64, 8, 64].
   """
   shape = (layout.TILE, block_m)
   dtype = "bf16" if w.dtype == jnp.bfloat16 else "f16"

@@ -179,11 +179,16 @@ def compute(block: Block, wg):
   share = b.k * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
   sums_shape = (layout.TILE, c.block_m)
   # Where this warpgroup's part of each stage begins, in bytes.
-  planes, column = problem.bits // 4, column_tile * layout.TILE
+  planes, part_k = problem.bits // 4, tiles_each * tile_k
   tile_bytes = 2 * layout.TILE_WORDS * planes
-  first = dict(words=(column_tile * tiles + first_tile) * tile_bytes, x=first_tile * tile_k * 8 * 2)
-  first |= {name: column * smem[name].dtype.itemsize for name in ("scales", "zeros") if name in smem}
-  ring = {name: ring_of(smem[name], place, X_TRANSFORMS if name == "x" else ()) for name, place in first.items()}
+  own = dict(words=(column_tile * tiles + first_tile) * tile_bytes, x=first_tile * tile_k * 8 * 2)
+  if part_k >= group_size:
+    first_group = part * (part_k // group_size)
+  else:
+    first_group = lax.div(part, group_size // part_k) if runs > 1 else 0
+  first_scale = first_group * c.block_n + column_tile * layout.TILE
+  own |= {name: first_scale * smem[name].dtype.itemsize for name in ("scales", "zeros") if name in smem}
+  ring = {name: ring_of(smem[name], place, X_TRANSFORMS if name == "x" else ()) for name, place in own.items()}
   # Decoding subtracts zero points, in bfloat16, or multiplies by scales, where a scale times the zero point is exact.
   zeros_fused = problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
   scales_fused = c.scale_weights and not problem.zeros and problem.bits == 4 and dtype == jnp.bfloat16
@@ -207,16 +212,10 @@ def compute(block: Block, wg):
         w -= of_columns(zeros, w.shape) * dtype.type(DECODED[dtype])
       return w if scales is None or scales_fused else w * of_columns(scales, w.shape).astype(dtype)
 
-  def index(k, length):
-    """Which of a stage's runs of `length` the `k` of this warpgroup's part is in."""
-    k += first_tile * tile_k
-    return k // length if c.warpgroups_k == 1 else lax.div(k, length)
-
   def group_of(name, stage, k):
     """The scales or zeros of the group that `k` of this warpgroup's part is in, one a column."""
-    group = 0 if runs == 1 else index(k, group_size)
     dtype = smem[name].dtype
-    return Columns(ring[name].address(stage, group * c.block_n * dtype.itemsize), dtype)
+    return Columns(ring[name].address(stage, k // group_size * c.block_n * dtype.itemsize), dtype)
 
   def beginning():
     """What the sums are added to: 0, and in the first share the bias."""
