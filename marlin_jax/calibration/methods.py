@@ -44,7 +44,7 @@ _READERS = (
   Readers((_O,), _V),
   Readers((_GATE, _UP), ("post_attention_norm",)),
   Readers((_DOWN,), _UP),
-  Readers((_HEAD,), ("norm",)),
+  Readers((_HEAD,), ("input_norm",)),
 )
 
 

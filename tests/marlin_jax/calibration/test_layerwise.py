@@ -186,12 +186,16 @@ def test_what_awq_folds_leaves_the_function_as_it_was():
   np.testing.assert_allclose(logits(model, TEXT[0]), want, atol=0.02 * np.abs(want).max())
 
 
-def test_the_head_is_calibrated_too_where_it_is_asked_for():
+@pytest.mark.parametrize("method", [Gptq(), Awq()], ids=["gptq", "awq"])
+def test_the_head_is_calibrated_too_where_it_is_asked_for(method):
   model = decoder()
-  report = quantize_calibrated(model, TEXT, Gptq(), SPEC, predicate=lambda path, layer: path == ("lm_head",))
+  want, norm = logits(model, TEXT[0]), np.asarray(model.norm.scale[...])
+  report = quantize_calibrated(model, TEXT, method, SPEC, predicate=lambda path, layer: path == ("lm_head",))
   (head,) = report.quantized
   assert head.path == ("lm_head",) and head.output_error < 0.02 and isinstance(model.lm_head, QuantLinear)
   assert len(report.skipped) == 14
+  assert np.allclose(model.norm.scale[...], norm) == isinstance(method, Gptq)  # AWQ's factors are folded into it
+  assert ((logits(model, TEXT[0]) - want) ** 2).sum() < 0.02 * (want**2).sum()
 
 
 def test_a_fused_model_is_taken_apart_first():
