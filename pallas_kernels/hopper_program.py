@@ -182,7 +182,7 @@ def compute(block: Block, wg):
   planes, part_k = problem.bits // 4, tiles_each * tile_k
   tile_bytes = 2 * layout.TILE_WORDS * planes
   own = dict(words=(column_tile * tiles + first_tile) * tile_bytes, x=first_tile * tile_k * 8 * 2)
-  if part_k >= group_size:
+  if part_k >= group_size:  # one divides the other, where a stage has several groups: both are powers of two
     first_group = part * (part_k // group_size)
   else:
     first_group = lax.div(part, group_size // part_k) if runs > 1 else 0
