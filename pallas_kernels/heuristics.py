@@ -206,7 +206,7 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
     k, n = layout.padded_shape(problem.k, problem.n)
     tiles, turns = {}, {}
     for warpgroups_n, warpgroups_k in ((4, 1), (2, 2), (1, 4)):
-      for split_k in (1, 2):
+      for split_k in (1, 2, 3) if i == 2 else (1, 2):
         partition = warpgroups_n, warpgroups_k, split_k
         shared = split_k * warpgroups_k > 1
         short = k // (split_k * warpgroups_k) < _SHORTEST_RUN and shared
@@ -216,7 +216,7 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
           each = turns[partition] * -(-k // (problem.tile_k * warpgroups_k * split_k))
           if blocks * split_k < 0.75 * num_sms:
             each += 0.03 * k / (layout.TILE * split_k)
-          tiles[partition] = each + 1.4 * (warpgroups_k > 1) + 4 * (split_k > 1)
+          tiles[partition] = each + 1.4 * (warpgroups_k > 1) + {1: 0, 2: 4, 3: 12}[split_k]
     if not tiles:
       return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
     best = min(tiles, key=tiles.get)

@@ -80,14 +80,17 @@ def after_attention_hopper(
     gmem["bias"] = pad(bias[None], 1, config.products[_READER].block_n)[0]
   for i, weight in enumerate(weights):
     gmem |= {f"{name}_{i}": array for name, array in weight_operands(*weight, dtype).items()}
-  gmem["counts"] = hopper_grid.counts(len(products))
+  gmem["counts"] = hopper_grid.counts(len(products) + 1)
   outputs = {}
-  for i, problem in enumerate(problems):
+  for i, (c, problem) in enumerate(products):
     columns = problem.n // 2 if i == _GATE_UP else problem.n
     outputs[f"y_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
     if i in _ADD_TO_RESIDUAL:
       outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
       outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
+    if c.meets_in_memory:
+      gmem[f"met_{i}"] = hopper_grid.counts(c.blocks(problem) * c.compute_warpgroups)
+      outputs[f"sums_{i}"] = jax.ShapeDtypeStruct((c.split_k - 1, rows, columns), jnp.float32)
   stages = rings([ring(*product, scales.dtype) for product, (_, scales, *_) in zip(products, weights, strict=True)])
   of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
   results = plgpu.kernel(
@@ -129,7 +132,8 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
 
   def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a product reads and what it writes."""
-    reads = {name: gmem[f"{name}_{i}"] for name in ("words", "scales", "zeros", "meta") if f"{name}_{i}" in gmem}
+    of_product = "words", "scales", "zeros", "meta", "met", "sums"
+    reads = {name: gmem[f"{name}_{i}"] for name in of_product if f"{name}_{i}" in gmem}
     if i in _READ_NORMED:
       reads |= dict(x=gmem[f"scaled_{i - 1}"], squares=gmem[f"squares_{i - 1}"])
       return reads | ({"bias": gmem["bias"]} if i == _READER and "bias" in gmem else {}), (gmem[f"y_{i}"],)
@@ -140,7 +144,8 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
   blocks = []  # the first of this program, and all that there are
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
-    n, k = (cluster, half) if c.split_k == 2 else (2 * cluster + half, 0)
+    program = 2 * cluster + half
+    n, k = (program, 0) if c.split_k == 1 else (lax.div(program, c.split_k), lax.rem(program, c.split_k))
     of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
     smem = {name: members[i] if name == "x" else members[i].at[:, 0] for name, members in stages.items()}
     of_program = dict(smem=smem, y_smem=sums[i], scratch=scratches[i] | dict(empty=empty), n=n, m=0, k=k)

@@ -25,7 +25,8 @@ class HopperConfig:
     warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
     block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
-    split_k: programs that share one output block, a cluster of as many; each sums a run of K.
+    split_k: programs that share one output block, each sums a run of K: a cluster of as many; or 3, of which a GPU
+      places no more clusters than of 4, and which meet in device memory, in `ChainConfig` alone.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and
@@ -53,7 +54,7 @@ class HopperConfig:
       warpgroups_n=(1, 2, 3, 4),
       warpgroups_k=(1, 2, 4),
       block_k=(64, 128, 256, 512),
-      split_k=(1, 2, 4),
+      split_k=(1, 2, 3, 4),
     ).items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)} must be one of {allowed}")
@@ -89,6 +90,16 @@ class HopperConfig:
   def warpgroups(self) -> int:
     """Warpgroups that compute, and the one that copies."""
     return self.compute_warpgroups + 1
+
+  @property
+  def cluster(self) -> int:
+    """Programs of a cluster."""
+    return 1 if self.split_k == 3 else self.split_k
+
+  @property
+  def meets_in_memory(self) -> bool:
+    """Whether programs that share a block are no cluster."""
+    return self.cluster < self.split_k
 
   @property
   def reduces(self) -> bool:
@@ -196,14 +207,14 @@ class ChainConfig:
     for c in self.products:
       if any(getattr(c, name) != getattr(first, name) for name in ("compute_warpgroups", "block_m", "num_stages")):
         raise ValueError(f"products={self.products} must be of one block_m and of as many warpgroups and stages")
-      if c.split_k > 2 or c.y_in_ring:
-        raise ValueError(f"{c} must not split K by more than 2, and have less than {_MANY_ROWS} rows")
+      if c.split_k > 3 or c.y_in_ring:
+        raise ValueError(f"{c} must not split K by more than 3, and have less than {_MANY_ROWS} rows")
     if self.clusters < 1:
       raise ValueError(f"clusters={self.clusters} must be at least 1")
 
   def blocks(self, i: int, problem: MatmulProblem) -> int:
-    """Of columns that product i has; a program, or a cluster where K is split, has one of them or none, or several in
-    turn if it does not share what it sums.
+    """Of columns that product i has; a program, or as many as share K, has one of them or none, or several in turn if
+    it does not share what it sums.
     """
     return self.products[i].blocks(problem)
 
@@ -222,6 +233,8 @@ class ChainConfig:
     for i, (c, problem) in enumerate(zip(self.products, problems, strict=True)):
       if problem.m > c.block_m:
         return f"{problem} has more than block_m={c.block_m} rows"
+      if c.meets_in_memory and i == 1:
+        return f"{c} must not split the K of gated columns by {c.split_k}"
       if self.blocks(i, problem) > (most := self.clusters * 2 // c.split_k) and not self.takes_turns(i, problem):
         return f"{problem} has more than {most} blocks of columns"
       if reason := c.unfit_reason(problem):

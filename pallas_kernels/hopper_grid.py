@@ -13,6 +13,7 @@ Each of these is one piece of assembly with its conditions inside. A branch that
 of another, barrier included, and a warp of which some threads are at one copy and some at the other waits for ever.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,48 +23,53 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.hopper_fragments import asm_void, thread_of_warpgroup
 
 
-def counts(products: int) -> np.ndarray:
-  """int32: one count a product and one of the programs that left, all 0.
+def counts(count: int) -> np.ndarray:
+  """int32: so many counts, all 0.
 
   And a 1, so that XLA does not take it for something to fill anew before every launch.
   """
-  return np.array([0] * (products + 1) + [1], np.int32)
+  return np.array([0] * count + [1], np.int32)
 
 
-def publish(counts_gmem, product: int):
-  """A warpgroup has written its part of the y of a product."""
+def publish(counts_gmem, place):
+  """A warpgroup has written what those read who wait for counts[place], an int or an int32 scalar."""
   # Written by ordinary stores, read by TMA: two proxies. One release by one thread behind a barrier is enough; a fence
   # of each thread before it took 1 us more.
   assembly = "{ .reg .pred p; setp.eq.u32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1; }"
 
-  def arrive(ctx, ref):
+  def arrive(ctx, ref, place):
     del ctx
     asm_void("fence.proxy.async.global;")
     mgpu.utils.warpgroup_barrier()
-    asm_void(assembly, [_address(ref, product), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, place), thread_of_warpgroup()], "l,r")
 
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(arrive)(counts_gmem)
+  plgpu.inline_mgpu(arg_types=_COUNT)(arrive)(counts_gmem, jnp.int32(place))
 
 
-def wait_for(counts_gmem, product: int, warpgroups: int):
-  """Returns once so many warpgroups have published a product's y."""
+def wait_for(counts_gmem, place, warpgroups: int, *, clear: bool = False):
+  """Returns once so many warpgroups have published.
+
+  Args:
+    clear: make the count 0 again, for which a warpgroup must be the only one that waits.
+  """
   assembly = (
     f"{{ .reg .pred first, less; .reg .u32 count; setp.eq.u32 first, $1, 0; mov.u32 count, {warpgroups};"
     " AGAIN: @first ld.acquire.gpu.global.u32 count, [$0];"
-    f" setp.lt.u32 less, count, {warpgroups}; @less bra AGAIN; }}"
+    f" setp.lt.u32 less, count, {warpgroups}; @less bra AGAIN;"
+    f" {'@first st.relaxed.gpu.global.u32 [$0], 0;' if clear else ''} }}"
   )
 
-  def wait(ctx, ref):
+  def wait(ctx, ref, place):
     del ctx
-    asm_void(assembly, [_address(ref, product), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, place), thread_of_warpgroup()], "l,r")
     mgpu.utils.warpgroup_barrier()
     asm_void("fence.proxy.async.global;")
 
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(wait)(counts_gmem)
+  plgpu.inline_mgpu(arg_types=_COUNT)(wait)(counts_gmem, jnp.int32(place))
 
 
 def leave(counts_gmem, products: int, programs: int):
-  """A program's copying warpgroup waits for nothing any more."""
+  """A program's copying warpgroup waits for nothing any more; counts of products, and one of programs that left."""
   clear = " ".join(f"@last st.relaxed.gpu.global.u32 [$0 + {4 * i}], 0;" for i in range(products + 1))
   assembly = (
     "{ .reg .pred first, last; .reg .u32 left; mov.u32 left, 0; setp.eq.u32 first, $1, 0;"
@@ -71,13 +77,17 @@ def leave(counts_gmem, products: int, programs: int):
     f" setp.eq.u32 last, left, {programs - 1}; {clear} }}"
   )
 
-  def count(ctx, ref):
+  def count(ctx, ref, place):
     del ctx
-    asm_void(assembly, [_address(ref, 0), thread_of_warpgroup()], "l,r")
+    asm_void(assembly, [_address(ref, place), thread_of_warpgroup()], "l,r")
 
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(()),))(count)(counts_gmem)
+  plgpu.inline_mgpu(arg_types=_COUNT)(count)(counts_gmem, jnp.int32(0))
 
 
-def _address(ref, element: int):
+_COUNT = plgpu.RefType(()), plgpu.Layout.WG_SPLAT  # as arguments of an inline function: counts, and which of them
+
+
+def _address(ref, place):
   i64 = ir.IntegerType.get_signless(64)
-  return arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), mgpu.c(4 * element, i64))
+  offset = arith.muli(arith.extui(i64, place.registers.item()), mgpu.c(4, i64))
+  return arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), offset)

@@ -78,14 +78,16 @@ def matmul_hopper(
 
   Raises:
     ValueError: neither of config's block_k and the group size divides the other, config scales weights of groups of
-      half a tile; block_k is too short for its tiles, or K for blocks that take turns; or the stages do not fit into
-      shared memory.
+      half a tile; block_k is too short for its tiles, or K for blocks that take turns; the stages do not fit into
+      shared memory; or programs that share a block are no cluster.
   """
   (m, k), (groups, n) = x.shape, scales.shape
   kind = dict(bits=qweight.shape[2] // 8, zeros=zeros is not None, sparse24=meta is not None)
   problem = MatmulProblem(m=m, n=n, k=k, group_size=k // groups, dtype=x.dtype, **kind)
   if reason := config.unfit_reason(problem):
     raise ValueError(reason)
+  if config.meets_in_memory:
+    raise ValueError(f"split_k={config.split_k} must be 1, 2 or 4 but in ChainConfig")
   c = config
   copied = dict(x=pad(x, rows_of_x(m), layout.TILE)) | weight_operands(qweight, scales, zeros, meta, x.dtype)
   others = dict(

@@ -94,7 +94,7 @@ def scratch(config: HopperConfig, problem: MatmulProblem, *, normalized: bool) -
   """
   copies = 3 + problem.zeros + problem.sparse24  # that fill a stage, see `ring`
   c, stages, barrier = config, config.num_stages, plgpu.Barrier
-  of_columns = functools.partial(barrier if c.split_k == 1 else _cluster_barrier, num_barriers=c.warpgroups_n)
+  of_columns = functools.partial(barrier if c.cluster == 1 else _cluster_barrier, num_barriers=c.warpgroups_n)
   return dict(
     full=barrier(num_arrivals=copies, num_barriers=stages),
     ready=of_columns(num_arrivals=c.warpgroups_k),

@@ -50,7 +50,7 @@ from pallas_kernels.hopper_fragments import (
   ring_of,
 )
 from pallas_kernels.hopper_norm import write_factors
-from pallas_kernels.hopper_reduce import load_addends, store_partial, write_rows
+from pallas_kernels.hopper_reduce import Meeting, load_addends, store_partial, write_rows
 from pallas_kernels.problem import MatmulProblem
 
 # Stages of weights that are asked for before x is there. With more of them on their way what is published in the
@@ -176,7 +176,7 @@ def compute(block: Block, wg):
   column_tile, part = b.column_tile_and_part(wg)
   first_tile = part * tiles_each  # of those of a stage, this warpgroup's
   first_column = b.n * c.block_n + column_tile * layout.TILE
-  share = b.k * c.warpgroups_k + part  # of what is summed over K, and of the rows to write
+  share = b.k * c.warpgroups_k + part  # of what is summed over K
   sums_shape = (layout.TILE, c.block_m)
   # Where this warpgroup's part of each stage begins, in bytes.
   planes, part_k = problem.bits // 4, tiles_each * tile_k
@@ -292,9 +292,9 @@ def compute(block: Block, wg):
   plgpu.barrier_wait(scratch["full"].at[0])
   where = dict(
     block_m=c.block_m,
-    share=share,
+    share=share if c.cluster > 1 else part,
     slots=c.warpgroups_k,
-    programs=c.split_k,
+    programs=c.cluster,
     first_row=b.m * c.block_m,
     first_column=first_column // 2 if b.gated else first_column,
     gated=b.gated,
@@ -319,16 +319,17 @@ def compute(block: Block, wg):
     if c.y_in_ring:  # y_smem is where the ring was
       plgpu.barrier_arrive(scratch["consumed"])
       plgpu.barrier_wait(scratch["consumed"])
-    store_partial(acc, b.y_smem.at[wg], across_programs=c.split_k > 1, gated=b.gated and not c.reduces)
+    store_partial(acc, b.y_smem.at[wg], across_programs=c.cluster > 1, gated=b.gated and not c.reduces)
     if c.reduces:
       plgpu.barrier_arrive(scratch["ready"].at[column_tile])
       plgpu.barrier_wait(scratch["ready"].at[column_tile])
-    write_rows(b.y_smem, b.outputs, addends, slot=column_tile * c.warpgroups_k, **where)
+    meeting = Meeting(gmem["sums"], gmem["met"], b.k) if c.meets_in_memory else None
+    write_rows(b.y_smem, b.outputs, addends, meeting, slot=column_tile * c.warpgroups_k, **where)
 
 
 def wait_for_cluster(block: Block, wg):
   """A computing warpgroup that has written: until the others have read its sums, which must outlive that."""
-  if block.config.split_k > 1:
+  if block.config.cluster > 1:
     done = block.scratch["done"].at[block.column_tile_and_part(wg)[0]]
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)

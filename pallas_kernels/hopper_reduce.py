@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From accumulators to y: partial sums of a block meet in shared memory, across a cluster if need be, in one order.
+"""From accumulators to y: partial sums of a block meet in shared or device memory, in one order.
 
     warpgroup (n, j) of program r   load_addends: residual and norm of its share, asked for before the sums are made
     warpgroup (n, j) of program r   store_partial: its 64 x block_m sums, transposed, to its slot of y_smem
     all that share the columns      a barrier
     warpgroup (n, j) of program r   write_rows: its share of the block's rows, slot 0 + slot 1 + ... of program 0, then
                                     those of program 1 (distributed shared memory), rounded once, to y in device memory
+    runs of K without a cluster     the same, but all except run 0 leave what their slots add up to in device memory,
+                                    where run 0 waits for it and adds it: run 0 + run 1 + ...
 
 Columns that are gated (layout.py) become half as many: silu(gate) * up, of float32 sums; where there is nothing to add,
 before they are stored, since a thread has the sums of both.
 
-Nothing goes through device memory but y itself, no second kernel runs, and the order of additions never changes.
+No second kernel runs, and the order of additions never changes.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,6 +31,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels import layout
 from pallas_kernels.hopper_fragments import asm, asm_void, constant, thread_of_warpgroup
+from pallas_kernels.hopper_grid import publish, wait_for
 
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
@@ -150,8 +155,34 @@ def load_addends(
   return Addends(residual=residual_gmem, norm=norm_gmem, loaded=loaded)
 
 
+class Meeting(NamedTuple):
+  """Of runs of K without a cluster, where nothing is gated.
+
+  Attributes:
+    sums: float32 [runs - 1, M, N] in device memory.
+    counts: of 64 columns and a share of their rows each, see hopper_grid.py.
+    run: which one this is, an int32 scalar.
+  """
+
+  sums: Any
+  counts: Any
+  run: Any
+
+
 def write_rows(
-  y_smem, outputs, addends: Addends, *, block_m, slot, share, slots, programs, first_row, first_column, gated: bool
+  y_smem,
+  outputs,
+  addends: Addends,
+  meeting: Meeting | None,
+  *,
+  block_m,
+  slot,
+  share,
+  slots,
+  programs,
+  first_row,
+  first_column,
+  gated: bool,
 ):
   """y[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
@@ -164,11 +195,12 @@ def write_rows(
     outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With a norm also scaled, like y,
       and squares [N / 64, M] in float32.
     addends: what `load_addends` of the same share returned.
+    meeting: what the other runs sum is there; None if there are none.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
   pitch = y_smem.shape[2]
-  reducing = slots * programs > 1
+  reducing = y_smem.dtype == jnp.float32
   rows, rows_a_pass, threads_a_row = _places(block_m, slots, programs, gated)
   width = 16 if gated and reducing else 8  # columns of sums for these
   convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
@@ -179,12 +211,15 @@ def write_rows(
       scalar.registers.item() for scalar in (slot, share, first_row, first_column)
     )
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    pair = ir.VectorType.get((2,), ir.MemRefType(refs[0].type).element_type)
-    m_end, n_end = ir.MemRefType(refs[0].type).shape
+    pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(outputs[0].dtype))
+    m_end, n_end = outputs[0].shape
     loaded = []  # words of the first row's residual, of the norm
     if addends.loaded is not None:
       *refs, words = refs
       loaded = [[vector.extract(four, [], [i]) for i in range(4)] for four in words.registers.flat]
+    if meeting is not None:
+      run, sums_ref, *refs = refs
+      run, sums = run.registers.item(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(sums_ref))
     gmem = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
     if programs > 1:
       asm_void(_ACQUIRE)
@@ -222,6 +257,53 @@ def write_rows(
       there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
       asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
 
+    def sum_of_slots(row):
+      if not reducing:
+        words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
+        return floats(words)
+      total = None
+      for program in range(programs):
+        for i in range(slots):
+          values = load(arith.addi(slot, constant(i)), row, program)
+          total = values if total is None else add(total, values)
+      return [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)] if gated else total
+
+    def leave(element, values):
+      """What this run sums, for run 0."""
+      of_run = arith.muli(arith.extui(i64, arith.subi(run, constant(1))), mgpu.c(m_end * n_end, i64))
+      there = arith.addi(sums, arith.muli(arith.addi(of_run, element), mgpu.c(4, i64)))
+      for i in (0, 4):
+        text = f"st.global.v4.f32 [$0 + {4 * i}], {{$1, $2, $3, $4}};"
+        asm_void(text, [there, *values[i : i + 4]], "l,f,f,f,f")
+
+    def left(element):
+      """What the other runs sum, one after the other."""
+      there = arith.addi(sums, arith.muli(element, mgpu.c(4, i64)))
+
+      def load(offset):
+        return asm([f32] * 4, [there], f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];", "=f,=f,=f,=f,l")
+
+      return [
+        load(4 * run * m_end * n_end) + load(4 * run * m_end * n_end + 16) for run in range(meeting.sums.shape[0])
+      ]
+
+    def finish(m, element, total, residual):
+      """y, and what else is written."""
+      if residual is not None:
+        total = add(total, floats(residual))
+      store(gmem[0], element, total)
+      if addends.norm is not None:
+        store(gmem[1], element, multiply(total, norm))
+        square = functools.reduce(arith.addf, multiply(total, total))
+        for distance in (1, 2, 4):
+          exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
+          square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
+          tile = arith.divui(first_column, constant(layout.TILE))
+          there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
+          there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
+          asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
+
     def floats(words):
       vectors = [mgpu.utils.bitcast(word, pair) for word in words]
       return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
@@ -246,42 +328,33 @@ def write_rows(
       )
       with mgpu.utils.when(inside):
         element = _element(m, n, n_end)
+        residual = None
         if addends.residual is not None:
           residual = loaded[0] if first == 0 else load_words(gmem[len(outputs)], element)
-        if reducing:
-          total = None
-          for program in range(programs):
-            for i in range(slots):
-              values = load(arith.addi(slot, constant(i)), row, program)
-              total = values if total is None else add(total, values)
-          if gated:
-            total = [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)]
+        total = sum_of_slots(row)
+        if meeting is None:
+          finish(m, element, total, residual)
         else:
-          words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
-          total = floats(words)
-        if addends.residual is not None:
-          total = add(total, floats(residual))
-        store(gmem[0], element, total)
-        if addends.norm is not None:
-          store(gmem[1], element, multiply(total, norm))
-          square = functools.reduce(arith.addf, multiply(total, total))
-          for distance in (1, 2, 4):
-            exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
-            square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
-          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
-            tile = arith.divui(first_column, constant(layout.TILE))
-            there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
-            there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
-            asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
+          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, run, constant(0))):
+            leave(element, total)
+          with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, run, constant(0))):
+            finish(m, element, functools.reduce(add, left(element), total), residual)
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
   refs = (*outputs, *(() if addends.residual is None else (addends.residual,)))
-  types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + (plgpu.RefType(()),) * len(refs)
+  types = (plgpu.RefType(()),) * len(refs)
+  if meeting is not None:
+    refs, types = (meeting.run, meeting.sums, *refs), (plgpu.Layout.WG_SPLAT, plgpu.RefType(()), *types)
+    met = lax.div(first_column, layout.TILE) * slots + share
+    pl.when(meeting.run == 0)(lambda: wait_for(meeting.counts, met, meeting.sums.shape[0], clear=True))
   if addends.loaded is not None:
     refs += (addends.loaded,)
     types += (plgpu.Layout.WG_STRIDED(addends.loaded.shape, vec_size=4),)
+  types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + types
   plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
+  if meeting is not None:
+    pl.when(meeting.run > 0)(lambda: publish(meeting.counts, met))
 
 
 def _silu_times(gate, up):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import after_attention, heuristics, hopper_grid, layout, layout24, matmul, resolved
+from pallas_kernels.deferred_norm import DeferredNorm
 from pallas_kernels.hardware import Device
 from pallas_kernels.hopper_chain import after_attention_hopper, problems_of
 from pallas_kernels.hopper_config import ChainConfig, HopperConfig
@@ -30,8 +31,15 @@ KINDS = [
   dict(group_size=None),
 ]
 # What attention makes, the layer has, the MLP has, the reader makes. A small one, in which K is split in some products;
-# Llama-3-8B; Qwen2.5-1.5B; one in which programs have two blocks of gate and up, as in Qwen2.5-32B and Llama-3-70B.
-SIZES = [(512, 1024, 3072, 768), (4096, 4096, 14336, 6144), (1536, 1536, 8960, 2048), (512, 1280, 17408, 1536)]
+# Llama-3-8B; Qwen2.5-1.5B; one in which programs have two blocks of gate and up, as in Qwen2.5-32B and Llama-3-70B; one
+# in which three programs share the K of down, as in Qwen2.5-32B.
+SIZES = [
+  (512, 1024, 3072, 768),
+  (4096, 4096, 14336, 6144),
+  (1536, 1536, 8960, 2048),
+  (512, 1280, 17408, 1536),
+  (512, 5120, 13824, 768),
+]
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 
 
@@ -119,9 +127,9 @@ def of_shapes(function, *shapes):
   return found[0]
 
 
-def shipped(m, sizes):
+def shipped(m, sizes, **kind):
   """The products of a layer, and the config of their launch."""
-  found = of_shapes(problems_of, jax.ShapeDtypeStruct((m, sizes[0]), BF16), layer_shapes(sizes))
+  found = of_shapes(problems_of, jax.ShapeDtypeStruct((m, sizes[0]), BF16), layer_shapes(sizes, **kind))
   return found, heuristics.chain_config(found, num_sms=132)
 
 
@@ -175,13 +183,30 @@ def test_programs_are_no_more_than_can_be_there_at_once():
   (dict(warpgroups_n=3), "as many warpgroups"),
   (dict(num_stages=3), "as many warpgroups and stages"),
   (dict(block_m=16), "one block_m"),
-  (dict(split_k=4), "by more than 2"),
+  (dict(split_k=4), "by more than 3"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_launched_is_refused(change, message):
   config = HopperConfig(block_m=8, warpgroups_n=4, block_k=128, num_stages=4)
   clusters = change.pop("clusters", 66)
   with pytest.raises(ValueError, match=message):
     ChainConfig(products=(config, dataclasses.replace(config, **change)), clusters=clusters)
+
+
+def in_three_runs(m, sizes, **kind):
+  """The shipped config, but for three programs that share the K of down, and these products."""
+  found, config = shipped(m, sizes, **kind)
+  of_down = dict(warpgroups_n=2, warpgroups_k=2, split_k=3, block_k=512 if found[2].sparse24 else 256)
+  products = list(config.products)
+  products[2] = dataclasses.replace(products[2], **of_down)
+  return found, dataclasses.replace(config, products=tuple(products), clusters=66)
+
+
+def test_three_runs_of_k_are_for_what_is_not_gated():
+  assert [c.split_k for c in shipped(16, (5120, 5120, 27648, 7168))[1].products] == [1, 1, 3, 1]  # Qwen2.5-32B
+  found, config = in_three_runs(16, SIZES[0])
+  assert config.unfit_reason(found) is None
+  gated = dataclasses.replace(config, products=tuple(config.products[i] for i in (0, 2, 2, 3)))
+  assert "must not split the K of gated columns by 3" in gated.unfit_reason(found)
 
 
 def test_shared_memory_is_that_of_the_largest_stages():
@@ -207,7 +232,8 @@ def test_weights_are_of_one_kind():
 
 
 def test_counts_begin_with_zero():
-  assert not hopper_grid.counts(4)[:5].any()
+  *counts, last = hopper_grid.counts(4)
+  assert counts == [0] * 4 and last  # or XLA would fill it anew before every launch
 
 
 @needs_jax_0_11
@@ -226,6 +252,17 @@ def test_it_lowers_to_one_kernel_for_an_h200(lower_for_h200, m, kind):
   assert text.count("mosaic_gpu_v2") == 1 and "gpu.triton" not in text
   assert "red.release.gpu" in text and "ld.acquire.gpu" in text
   assert "dense<[0, 0, 0, 0, 0, 1]>" in text  # a constant, which nothing makes anew
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_three_runs_of_k_lower_for_an_h200(lower_for_h200, kind):
+  found, config = in_three_runs(16, SIZES[0], **kind)
+  assert config.unfit_reason(found) is None
+  shape, sizes = jax.ShapeDtypeStruct, SIZES[0]
+  run = functools.partial(after_attention_hopper, epsilons=(1e-5, 1e-5), config=config)
+  x, residual = shape((16, sizes[0]), BF16), shape((16, sizes[1]), BF16)
+  lower_for_h200(run, x, residual, layer_shapes(sizes, **kind), (shape((sizes[1],), BF16),) * 2)
 
 
 @needs_jax_0_11
@@ -272,7 +309,25 @@ def test_it_computes_what_four_products_do(rng, m, sizes, kind):
 
 @pytest.mark.gpu
 @needs_jax_0_11
-@pytest.mark.parametrize("m, sizes", [(1, SIZES[1]), (16, SIZES[0]), (16, SIZES[1])])
+@pytest.mark.parametrize("m", [1, 9, 16])
+@pytest.mark.parametrize(
+  "sizes, kind", [*((SIZES[0], kind) for kind in KINDS), ((512, 1088, 3072, 768), dict(group_size=64))], ids=str
+)
+def test_three_runs_of_k_are_added_up(rng, m, sizes, kind):
+  x, residual, weights, norms, bias = layer(rng, m, sizes, **kind)
+  expected = run(x, residual, weights, norms, bias, implementation="hopper")
+  epsilons, config = tuple(epsilon for _, epsilon in norms), in_three_runs(m, sizes, **kind)[1]
+  scales = tuple(scale for scale, _ in norms)
+  for _ in range(20):  # of which each finds the counts as the one before has left them
+    s, scaled, squares, y = after_attention_hopper(x, residual, weights, scales, bias, epsilons=epsilons, config=config)
+  normed = resolved(DeferredNorm(scaled=scaled, squares=squares, epsilon=epsilons[1]))
+  for ours, theirs in zip((s, normed, y), expected, strict=True):
+    assert error(ours, theirs) < 2**-9
+
+
+@pytest.mark.gpu
+@needs_jax_0_11
+@pytest.mark.parametrize("m, sizes", [(1, SIZES[1]), (16, SIZES[0]), (16, SIZES[1]), (16, SIZES[4])])
 def test_it_has_the_same_bits_two_hundred_times(rng, m, sizes):
   x, residual, weights, norms, bias = layer(rng, m, sizes)
 

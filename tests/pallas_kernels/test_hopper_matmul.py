@@ -292,7 +292,7 @@ def test_a_single_tile_of_columns_is_not_overwritten_by_its_neighbour(rng, k, gr
     (dict(warpgroups_k=2), "warpgroups_n=4 times warpgroups_k=2 must be at most 4"),
     (dict(warpgroups_n=1, warpgroups_k=4, block_k=256), "block_k=256 must be at least 512"),
     (dict(block_k=192), "block_k=192 must be one of"),
-    (dict(split_k=3), "split_k=3 must be one of"),
+    (dict(split_k=5), "split_k=5 must be one of"),
     (dict(num_stages=1), "num_stages=1 must be at least 2"),
     (dict(block_k=64), "block_k=64 must be at least 128"),
     (dict(num_stages=40), "num_stages=40 of .* must be at most 12 to fit shared memory"),
@@ -352,6 +352,12 @@ def test_every_program_has_steps_and_every_step_a_program(programs):
     runs = [hopper_program.run_of_steps(program, total, programs) for program in range(programs)]
     assert min(count for _, count in runs) >= 1
     assert [int(first) + i for first, count in runs for i in range(count)] == list(range(total))
+
+
+def test_a_block_is_a_clusters():
+  arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 512, 64, 128, BF16)]
+  with pytest.raises(ValueError, match="split_k=3 must be 1, 2 or 4"):
+    matmul_hopper(*arrays, config=dataclasses.replace(CONFIG, split_k=3))
 
 
 def test_a_split_needs_as_many_steps():
