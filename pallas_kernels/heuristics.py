@@ -195,11 +195,12 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles and a cluster as 4: a tile takes 0.22 us. Where few programs leave memory idle, each 64 k of x
-  that they read counts as 0.03. That is fitted, not explained (docs/kernel.md): two parts of K and a cluster instead of
-  four parts take 83.1 instead of 86.1 us at M=16 where 5120 columns have a K of 27648, and lose where it is 13824.
+  counts as 1.4 tiles, a cluster as 4, and three programs that meet in device memory as 12, or with more than 8 rows 26:
+  a tile takes 0.22 us. Where few programs leave memory idle, each 64 k of x that they read counts as 0.03. That is
+  fitted, not explained (docs/kernel.md).
   """
   clusters, products, programs = num_sms // 2, [], 0
+  of_split = {1: 0, 2: 4, 3: 12 if problems[0].m <= 8 else 26}
   if problems[0].m > _MOST_CHAINED_ROWS:
     return f"{problems[0].m} rows are too many, one launch takes {_MOST_CHAINED_ROWS}"
   for i, problem in enumerate(problems):
@@ -216,7 +217,7 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
           each = turns[partition] * -(-k // (problem.tile_k * warpgroups_k * split_k))
           if blocks * split_k < 0.75 * num_sms:
             each += 0.03 * k / (layout.TILE * split_k)
-          tiles[partition] = each + 1.4 * (warpgroups_k > 1) + {1: 0, 2: 4, 3: 12}[split_k]
+          tiles[partition] = each + 1.4 * (warpgroups_k > 1) + of_split[split_k]
     if not tiles:
       return f"n={problem.n} are too many columns for programs that are all on {num_sms} multiprocessors at once"
     best = min(tiles, key=tiles.get)
