@@ -25,8 +25,8 @@ class HopperConfig:
     warpgroups_k: warpgroups that share the K of a tile of columns. Their product computes, one more warpgroup copies.
     block_k: k per pipeline stage; a tile of 2:4 sparse weights has 128, of dense ones 64.
     num_stages: stages in shared memory.
-    split_k: programs that share one output block, each sums a run of K: a cluster of as many; or 3, of which a GPU
-      places no more clusters than of 4, and which meet in device memory, in `ChainConfig` alone.
+    split_k: programs that share one output block; each sums a run of K. 2 or 4 are a cluster. 3 meet in device memory,
+      for which all must be on the card at once (ChainConfig): of clusters of 3 an H200 holds no more than of 4.
     scale_weights: multiply the weights, rounding them to x's dtype, and not each group's float32 sum. Costs
       64 / block_m of the other way for groups of 128 and saves a second accumulator.
     decode_ahead: dequantize the next tile while the tensor cores work on this one. Needs two tiles a stage and

@@ -5,6 +5,8 @@
     copying warpgroup       wait_for: until count[product] is what all of them make together; then TMA may read y
     copying warpgroup       leave: the last one of all programs makes every count 0 again
 
+Runs of K that meet in device memory (hopper_reduce.py) have counts of their own, which the one who waits clears.
+
 A launch finds zeros and leaves zeros, so the counts may be a constant of the compiled program, which nothing has to
 clear. All programs must be on the card at the same time, or those that are would wait for ever: no more than there are
 multiprocessors, one each, and no second such launch beside it. In a model every launch reads what the one before wrote.

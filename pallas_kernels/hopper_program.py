@@ -12,7 +12,8 @@ A block is block_n columns x block_m rows x one of split_k runs of K, which is b
       and the j-th part of  wait for tile t; after the last tile of a group, sum += partial * scale
       every stage's k
     the same, at the end    sums to shared memory, barrier over all that share the columns, each adds its share of the
-                              rows in the order of K and writes it (hopper_reduce.py)
+                              rows in the order of K and writes it; runs that are no cluster leave it to run 0, in
+                              device memory (hopper_reduce.py)
 
 A program with several blocks takes them in turn: the copying warpgroup is at the next one while the last tiles of one
 are computed and written, and waits for nothing but empty stages.

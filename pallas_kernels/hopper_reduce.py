@@ -156,12 +156,12 @@ def load_addends(
 
 
 class Meeting(NamedTuple):
-  """Of runs of K without a cluster, where nothing is gated.
+  """Where runs of K that are no cluster meet, in device memory; their columns are not gated.
 
   Attributes:
-    sums: float32 [runs - 1, M, N] in device memory.
-    counts: of 64 columns and a share of their rows each, see hopper_grid.py.
-    run: which one this is, an int32 scalar.
+    sums: float32 [runs - 1, M, N], of all runs but the first.
+    counts: int32, one for each 64 columns and share of their rows (hopper_grid.py).
+    run: which run this is, an int32 scalar.
   """
 
   sums: Any
@@ -195,7 +195,7 @@ def write_rows(
     outputs: y [M, N] with N a multiple of 8; what lies beyond M and N is not written. With a norm also scaled, like y,
       and squares [N / 64, M] in float32.
     addends: what `load_addends` of the same share returned.
-    meeting: what the other runs sum is there; None if there are none.
+    meeting: where other runs of K leave their sums, or None; only run 0 then writes y.
     slot: the first of the `slots` slots to add in every program, an int32 scalar.
     share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
@@ -226,6 +226,16 @@ def write_rows(
     local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
     n = arith.addi(first_column, arith.muli(place, constant(8)))
+
+    def floats(words):
+      vectors = [mgpu.utils.bitcast(word, pair) for word in words]
+      return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
+
+    def add(a, b):
+      return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
+
+    def multiply(a, b):
+      return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
 
     def address(slot, row):
       column = arith.muli(place, constant(width))
@@ -268,24 +278,22 @@ def write_rows(
           total = values if total is None else add(total, values)
       return [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)] if gated else total
 
-    def leave(element, values):
-      """What this run sums, for run 0."""
+    def leave_for_run_0(element, values):
       of_run = arith.muli(arith.extui(i64, arith.subi(run, constant(1))), mgpu.c(m_end * n_end, i64))
       there = arith.addi(sums, arith.muli(arith.addi(of_run, element), mgpu.c(4, i64)))
       for i in (0, 4):
         text = f"st.global.v4.f32 [$0 + {4 * i}], {{$1, $2, $3, $4}};"
         asm_void(text, [there, *values[i : i + 4]], "l,f,f,f,f")
 
-    def left(element):
-      """What the other runs sum, one after the other."""
+    def left_for_run_0(element):
+      """Eight float32 of each of the other runs."""
       there = arith.addi(sums, arith.muli(element, mgpu.c(4, i64)))
-
-      def load(offset):
-        return asm([f32] * 4, [there], f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];", "=f,=f,=f,=f,l")
-
-      return [
-        load(4 * run * m_end * n_end) + load(4 * run * m_end * n_end + 16) for run in range(meeting.sums.shape[0])
-      ]
+      values = []
+      for other in range(meeting.sums.shape[0]):
+        for offset in (4 * other * m_end * n_end, 4 * other * m_end * n_end + 16):
+          text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+          values += asm([f32] * 4, [there], text, "=f,=f,=f,=f,l")
+      return [values[i : i + 8] for i in range(0, len(values), 8)]
 
     def finish(m, element, total, residual):
       """y, and what else is written."""
@@ -303,16 +311,6 @@ def write_rows(
           there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
           there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
           asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
-
-    def floats(words):
-      vectors = [mgpu.utils.bitcast(word, pair) for word in words]
-      return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
-
-    def add(a, b):
-      return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
-
-    def multiply(a, b):
-      return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
 
     if addends.norm is not None:
       norm = floats(loaded[-1])
@@ -336,9 +334,9 @@ def write_rows(
           finish(m, element, total, residual)
         else:
           with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, run, constant(0))):
-            leave(element, total)
+            leave_for_run_0(element, total)
           with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, run, constant(0))):
-            finish(m, element, functools.reduce(add, left(element), total), residual)
+            finish(m, element, functools.reduce(add, left_for_run_0(element), total), residual)
     if programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
