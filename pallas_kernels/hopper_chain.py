@@ -89,7 +89,7 @@ def after_attention_hopper(
       outputs[f"scaled_{i}"] = jax.ShapeDtypeStruct((rows, columns), dtype)
       outputs[f"squares_{i}"] = jax.ShapeDtypeStruct((columns // layout.TILE, rows), jnp.float32)
     if c.meets_in_memory:
-      gmem[f"met_{i}"] = hopper_grid.counts(c.blocks(problem) * c.compute_warpgroups)
+      gmem[f"meeting_counts_{i}"] = hopper_grid.counts(c.blocks(problem) * c.compute_warpgroups)
       outputs[f"sums_{i}"] = jax.ShapeDtypeStruct((c.split_k - 1, rows, columns), jnp.float32)
   stages = rings([ring(*product, scales.dtype) for product, (_, scales, *_) in zip(products, weights, strict=True)])
   of_products = [scratch(*product, normalized=i in _READ_NORMED) for i, product in enumerate(products)]
@@ -132,7 +132,7 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
 
   def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a product reads and what it writes."""
-    of_product = "words", "scales", "zeros", "meta", "met", "sums"
+    of_product = "words", "scales", "zeros", "meta", "sums", "meeting_counts"
     reads = {name: gmem[f"{name}_{i}"] for name in of_product if f"{name}_{i}" in gmem}
     if i in _READ_NORMED:
       reads |= dict(x=gmem[f"scaled_{i - 1}"], squares=gmem[f"squares_{i - 1}"])

@@ -24,6 +24,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper_fragments import asm_void, thread_of_warpgroup
 
+_COUNT = plgpu.RefType(()), plgpu.Layout.WG_SPLAT  # as arguments of an inline function: counts, and which of them
+
 
 def counts(count: int) -> np.ndarray:
   """int32: so many counts, all 0.
@@ -84,9 +86,6 @@ def leave(counts_gmem, products: int, programs: int):
     asm_void(assembly, [_address(ref, place), thread_of_warpgroup()], "l,r")
 
   plgpu.inline_mgpu(arg_types=_COUNT)(count)(counts_gmem, jnp.int32(0))
-
-
-_COUNT = plgpu.RefType(()), plgpu.Layout.WG_SPLAT  # as arguments of an inline function: counts, and which of them
 
 
 def _address(ref, place):

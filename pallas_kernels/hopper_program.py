@@ -324,7 +324,7 @@ def compute(block: Block, wg):
     if c.reduces:
       plgpu.barrier_arrive(scratch["ready"].at[column_tile])
       plgpu.barrier_wait(scratch["ready"].at[column_tile])
-    meeting = Meeting(gmem["sums"], gmem["met"], b.k) if c.meets_in_memory else None
+    meeting = Meeting(gmem["sums"], gmem["meeting_counts"], b.k) if c.meets_in_memory else None
     write_rows(b.y_smem, b.outputs, addends, meeting, slot=column_tile * c.warpgroups_k, **where)
 
 

@@ -344,15 +344,15 @@ def write_rows(
   types = (plgpu.RefType(()),) * len(refs)
   if meeting is not None:
     refs, types = (meeting.run, meeting.sums, *refs), (plgpu.Layout.WG_SPLAT, plgpu.RefType(()), *types)
-    met = lax.div(first_column, layout.TILE) * slots + share
-    pl.when(meeting.run == 0)(lambda: wait_for(meeting.counts, met, meeting.sums.shape[0], clear=True))
+    here = lax.div(first_column, layout.TILE) * slots + share
+    pl.when(meeting.run == 0)(lambda: wait_for(meeting.counts, here, meeting.sums.shape[0], clear=True))
   if addends.loaded is not None:
     refs += (addends.loaded,)
     types += (plgpu.Layout.WG_STRIDED(addends.loaded.shape, vec_size=4),)
   types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + types
   plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
   if meeting is not None:
-    pl.when(meeting.run > 0)(lambda: publish(meeting.counts, met))
+    pl.when(meeting.run > 0)(lambda: publish(meeting.counts, here))
 
 
 def _silu_times(gate, up):
