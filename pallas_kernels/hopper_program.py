@@ -51,7 +51,7 @@ from pallas_kernels.hopper_fragments import (
   ring_of,
 )
 from pallas_kernels.hopper_norm import write_factors
-from pallas_kernels.hopper_reduce import Meeting, load_addends, store_partial, write_rows
+from pallas_kernels.hopper_reduce import Meeting, Share, load_addends, store_partial, write_rows
 from pallas_kernels.problem import MatmulProblem
 
 # Stages of weights that are asked for before x is there. With more of them on their way what is published in the
@@ -291,16 +291,17 @@ def compute(block: Block, wg):
 
   zero = plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
   plgpu.barrier_wait(scratch["full"].at[0])
-  where = dict(
+  written = Share(
     block_m=c.block_m,
-    share=share if c.cluster > 1 else part,
     slots=c.warpgroups_k,
     programs=c.cluster,
+    tile=column_tile,
+    number=share if c.cluster > 1 else part,
     first_row=b.m * c.block_m,
     first_column=first_column // 2 if b.gated else first_column,
     gated=b.gated,
   )
-  addends = load_addends(b.outputs, gmem.get("residual"), gmem.get("norm"), **where)
+  addends = load_addends(b.outputs, gmem.get("residual"), gmem.get("norm"), written)
   carry, turns = (zero, fragment(0, 0)), 0
   if c.unroll:
     turns = steps // stages if isinstance(steps, int) else lax.div(steps, stages)
@@ -325,7 +326,7 @@ def compute(block: Block, wg):
       plgpu.barrier_arrive(scratch["ready"].at[column_tile])
       plgpu.barrier_wait(scratch["ready"].at[column_tile])
     meeting = Meeting(gmem["sums"], gmem["meeting_counts"], b.k) if c.meets_in_memory else None
-    write_rows(b.y_smem, b.outputs, addends, meeting, slot=column_tile * c.warpgroups_k, **where)
+    write_rows(b.y_smem, b.outputs, addends, meeting, written)
 
 
 def wait_for_cluster(block: Block, wg):

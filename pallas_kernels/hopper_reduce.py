@@ -80,6 +80,68 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+  """What a warpgroup writes: a share of a block's rows, 64 columns of them, or 32 if they were gated.
+
+  Attributes:
+    block_m: rows of the block.
+    slots, programs: sums are those of so many slots in each of so many programs; as many warpgroups share the rows.
+    tile: which 64 columns of the block, whose slots follow each other, an int32 scalar.
+    number: which of the equal shares this is, an int32 scalar.
+    first_row, first_column: of y, where the block begins and where the columns do, int32 scalars.
+    gated: y is silu(gate) * up.
+  """
+
+  block_m: int
+  slots: int
+  programs: int
+  tile: Any
+  number: Any
+  first_row: Any
+  first_column: Any
+  gated: bool
+
+  @property
+  def rows(self) -> int:
+    """Of a share."""
+    return max(1, self.block_m // (self.slots * self.programs))
+
+  @property
+  def threads_a_row(self) -> int:
+    """Each has eight columns."""
+    return 4 if self.gated else 8
+
+  @property
+  def rows_a_pass(self) -> int:
+    """That 128 threads have."""
+    return 128 // self.threads_a_row
+
+  def places(self, number, first_row, first_column, shape: tuple[int, int]):
+    """(m, n, row of the block, whether it is one of the share and of y) of a thread in each pass; its place in a row.
+
+    Within an inline function.
+
+    Args:
+      number, first_row, first_column: as there.
+      shape: of y.
+    """
+    local, place = (
+      divide(thread_of_warpgroup(), constant(self.threads_a_row)) for divide in (arith.divui, arith.remui)
+    )
+    n = arith.addi(first_column, arith.muli(place, constant(8)))
+    passes = []
+    for first in range(0, self.rows, self.rows_a_pass):
+      mine = arith.addi(constant(first), local) if first else local
+      row = arith.addi(arith.muli(number, constant(self.rows)), mine)
+      m = arith.addi(first_row, row)
+      inside = arith.andi(
+        arith.andi(_less(mine, self.rows), _less(row, self.block_m)), arith.andi(_less(m, shape[0]), _less(n, shape[1]))
+      )
+      passes.append((m, n, row, inside))
+    return passes, place
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Addends:
   """What is added to sums and what they are multiplied with, in device memory and, where it is needed first, registers.
 
@@ -94,50 +156,30 @@ class Addends:
   loaded: Any
 
 
-def _places(block_m: int, slots: int, programs: int, gated: bool):
-  """(rows of a share, rows of a pass, threads that have a row with 8 columns each)."""
-  threads_a_row = 4 if gated else 8
-  return max(1, block_m // (slots * programs)), 128 // threads_a_row, threads_a_row
-
-
-def _element(m, n, n_end: int):
-  i64 = ir.IntegerType.get_signless(64)
-  return arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
-
-
-def load_addends(
-  outputs, residual_gmem, norm_gmem, *, block_m, share, slots, programs, first_row, first_column, gated: bool
-) -> Addends:
+def load_addends(outputs, residual_gmem, norm_gmem, share: Share) -> Addends:
   """Loads that nothing waits for yet: they come from device memory, and at the end there is nothing to hide them.
 
-  Args: see `write_rows`.
+  Args:
+    outputs: see `write_rows`.
   """
-  rows, _, threads_a_row = _places(block_m, slots, programs, gated)
-  m_end, n_end = outputs[0].shape
+  shape = outputs[0].shape
   refs = [ref for ref in (residual_gmem, norm_gmem) if ref is not None]
   if not refs:
     return Addends(residual=None, norm=None, loaded=None)
 
-  def load(ctx, share, first_row, first_column, *refs):
+  def load(ctx, number, first_row, first_column, *refs):
     del ctx
-    share, first_row, first_column = (scalar.registers.item() for scalar in (share, first_row, first_column))
+    number, first_row, first_column = (scalar.registers.item() for scalar in (number, first_row, first_column))
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
-    n = arith.addi(first_column, arith.muli(place, constant(8)))
-    row = arith.addi(arith.muli(share, constant(rows)), local)
-    m = arith.addi(first_row, row)
-    inside = arith.andi(
-      _less(local, rows), arith.andi(_less(row, block_m), arith.andi(_less(m, m_end), _less(n, n_end)))
-    )
+    (m, n, _, inside), *_ = share.places(number, first_row, first_column, shape)[0]
     elements = []
     if residual_gmem is not None:
-      elements.append(_element(m, n, n_end))
+      elements.append(_element(m, n, shape[1]))
     if norm_gmem is not None:
       elements.append(arith.extui(i64, n))
     loaded = []
     for ref, element in zip(refs, elements, strict=True):
-      base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
+      there = _byte(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), element, 2)
       text = (
         "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
         " @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
@@ -146,12 +188,13 @@ def load_addends(
       loaded.append(vector.from_elements(ir.VectorType.get((4,), i32), words))
     registers = np.empty(len(loaded), dtype=object)
     registers[:] = loaded
-    return fa.FragmentedArray(_registers=registers, _layout=fa.WGStridedFragLayout(shape, 4), _is_signed=True)
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGStridedFragLayout(words_shape, 4), _is_signed=True)
 
-  shape = (512 * len(refs),)  # four words a thread and operand
-  out = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(shape, vec_size=4))
+  words_shape = (512 * len(refs),)  # four words a thread and operand
+  out = plgpu.ShapeDtypeStruct(words_shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(words_shape, vec_size=4))
   types = (plgpu.Layout.WG_SPLAT,) * 3 + (plgpu.RefType(()),) * len(refs)
-  loaded = plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(share, first_row, first_column, *refs)
+  scalars = share.number, share.first_row, share.first_column
+  loaded = plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(*scalars, *refs)
   return Addends(residual=residual_gmem, norm=norm_gmem, loaded=loaded)
 
 
@@ -169,21 +212,7 @@ class Meeting(NamedTuple):
   run: Any
 
 
-def write_rows(
-  y_smem,
-  outputs,
-  addends: Addends,
-  meeting: Meeting | None,
-  *,
-  block_m,
-  slot,
-  share,
-  slots,
-  programs,
-  first_row,
-  first_column,
-  gated: bool,
-):
+def write_rows(y_smem, outputs, addends: Addends, meeting: Meeting | None, share: Share):
   """y[first_row + m, first_column + n] = sum over programs and slots of y_smem[slot + i][m, n], for a share of m.
 
   If gated, with half the columns: silu(gate) * up of the sums. A residual is added to that. With a norm to come, also
@@ -196,59 +225,44 @@ def write_rows(
       and squares [N / 64, M] in float32.
     addends: what `load_addends` of the same share returned.
     meeting: where other runs of K leave their sums, or None; only run 0 then writes y.
-    slot: the first of the `slots` slots to add in every program, an int32 scalar.
-    share: which of the slots * programs equal shares of the rows, an int32 scalar.
   """
-  pitch = y_smem.shape[2]
   reducing = y_smem.dtype == jnp.float32
-  rows, rows_a_pass, threads_a_row = _places(block_m, slots, programs, gated)
-  width = 16 if gated and reducing else 8  # columns of sums for these
-  convert = f"cvt.rn.{'bf16x2' if outputs[0].dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
+  width = 16 if share.gated and reducing else 8  # columns of sums for eight of y
+  dtype, (m_end, n_end) = outputs[0].dtype, outputs[0].shape
 
-  def write(ctx, y_ref, slot, share, first_row, first_column, *refs):
+  def write(ctx, y_ref, slot, number, first_row, first_column, *refs):
     del ctx
-    slot, share, first_row, first_column = (
-      scalar.registers.item() for scalar in (slot, share, first_row, first_column)
+    slot, number, first_row, first_column = (
+      scalar.registers.item() for scalar in (slot, number, first_row, first_column)
     )
     f32, i32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(outputs[0].dtype))
-    m_end, n_end = outputs[0].shape
     loaded = []  # words of the first row's residual, of the norm
     if addends.loaded is not None:
       *refs, words = refs
       loaded = [[vector.extract(four, [], [i]) for i in range(4)] for four in words.registers.flat]
     if meeting is not None:
-      run, sums_ref, *refs = refs
-      run, sums = run.registers.item(), llvm.ptrtoint(i64, mgpu.utils.memref_ptr(sums_ref))
+      run, *refs = refs
+      run = run.registers.item()
     gmem = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
-    if programs > 1:
+    if meeting is not None:
+      sums, *gmem = gmem
+    if share.programs > 1:
       asm_void(_ACQUIRE)
-    local, place = (divide(thread_of_warpgroup(), constant(threads_a_row)) for divide in (arith.divui, arith.remui))
     smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(y_ref))
-    n = arith.addi(first_column, arith.muli(place, constant(8)))
-
-    def floats(words):
-      vectors = [mgpu.utils.bitcast(word, pair) for word in words]
-      return [arith.extf(f32, vector.extract(v, [], [e])) for v in vectors for e in range(2)]
-
-    def add(a, b):
-      return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
-
-    def multiply(a, b):
-      return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
+    passes, place = share.places(number, first_row, first_column, (m_end, n_end))
 
     def address(slot, row):
-      column = arith.muli(place, constant(width))
-      element = arith.addi(arith.muli(arith.addi(arith.muli(slot, constant(block_m)), row), constant(pitch)), column)
+      column, pitch = arith.muli(place, constant(width)), constant(y_smem.shape[2])
+      element = arith.addi(arith.muli(arith.addi(arith.muli(slot, constant(share.block_m)), row), pitch), column)
       return arith.addi(smem, arith.muli(element, constant(4 if reducing else 2)))
 
-    def load(slot, row, program):
+    def load_slot(slot, row, program):
       """`width` float32 from the same place of another program's shared memory, or of this one's if it is alone."""
       values = []
       for offset in range(0, 4 * width, 16):
         text = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
         operands, kinds = [address(slot, row)], "=f,=f,=f,=f,r"
-        if programs > 1:
+        if share.programs > 1:
           operands, kinds = [*operands, constant(program)], kinds + ",r"
           text = (
             "{ .reg .b32 there; mapa.shared::cluster.u32 there, $4, $5;"
@@ -257,38 +271,27 @@ def write_rows(
         values += asm([f32] * 4, operands, text, kinds)
       return values
 
-    def load_words(base, element):
-      """Eight 16-bit floats of device memory, as words of two."""
-      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
-      return asm([i32] * 4, [there], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
-
-    def store(base, element, values):
-      words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
-      there = arith.addi(base, arith.muli(element, mgpu.c(2, i64)))
-      asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [there, *words], "l,r,r,r,r")
-
     def sum_of_slots(row):
       if not reducing:
         words = asm([i32] * 4, [address(slot, row)], "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r")
-        return floats(words)
+        return _floats(words, dtype)
       total = None
-      for program in range(programs):
-        for i in range(slots):
-          values = load(arith.addi(slot, constant(i)), row, program)
-          total = values if total is None else add(total, values)
-      return [_silu_times(gate, up) for gate, up in zip(total[:8], total[8:], strict=True)] if gated else total
+      for program in range(share.programs):
+        for i in range(share.slots):
+          values = load_slot(arith.addi(slot, constant(i)), row, program)
+          total = values if total is None else _add(total, values)
+      return [_silu_times(*pair) for pair in zip(total[:8], total[8:], strict=True)] if share.gated else total
 
     def leave_for_run_0(element, values):
       of_run = arith.muli(arith.extui(i64, arith.subi(run, constant(1))), mgpu.c(m_end * n_end, i64))
-      there = arith.addi(sums, arith.muli(arith.addi(of_run, element), mgpu.c(4, i64)))
+      there = _byte(sums, arith.addi(of_run, element), 4)
       for i in (0, 4):
         text = f"st.global.v4.f32 [$0 + {4 * i}], {{$1, $2, $3, $4}};"
         asm_void(text, [there, *values[i : i + 4]], "l,f,f,f,f")
 
     def left_for_run_0(element):
       """Eight float32 of each of the other runs."""
-      there = arith.addi(sums, arith.muli(element, mgpu.c(4, i64)))
-      values = []
+      there, values = _byte(sums, element, 4), []
       for other in range(meeting.sums.shape[0]):
         for offset in (4 * other * m_end * n_end, 4 * other * m_end * n_end + 16):
           text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
@@ -296,39 +299,32 @@ def write_rows(
       return [values[i : i + 8] for i in range(0, len(values), 8)]
 
     def finish(m, element, total, residual):
-      """y, and what else is written."""
+      """Writes y, and with a norm to come what it reads."""
       if residual is not None:
-        total = add(total, floats(residual))
-      store(gmem[0], element, total)
+        total = _add(total, _floats(residual, dtype))
+      _store(gmem[0], element, total, dtype)
       if addends.norm is not None:
-        store(gmem[1], element, multiply(total, norm))
-        square = functools.reduce(arith.addf, multiply(total, total))
+        _store(gmem[1], element, [arith.mulf(*pair) for pair in zip(total, norm, strict=True)], dtype)
+        square = functools.reduce(arith.addf, [arith.mulf(value, value) for value in total])
         for distance in (1, 2, 4):
           exchange = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, $2;"
           square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
           tile = arith.divui(first_column, constant(layout.TILE))
-          there = arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m))
-          there = arith.addi(gmem[2], arith.muli(there, mgpu.c(4, i64)))
+          there = _byte(gmem[2], arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m)), 4)
           asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
 
     if addends.norm is not None:
-      norm = floats(loaded[-1])
+      norm = _floats(loaded[-1], dtype)
       # Eight threads have a row, and are all inside or all outside.
       text = "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 24; shl.b32 $0, 255, lane; }"
       same_row = asm([i32], [], text, "=r")[0]
-    for first in range(0, rows, rows_a_pass):
-      mine = arith.addi(constant(first), local)
-      row = arith.addi(arith.muli(share, constant(rows)), mine)
-      m = arith.addi(first_row, row)
-      inside = arith.andi(
-        arith.andi(_less(mine, rows), _less(row, block_m)), arith.andi(_less(m, m_end), _less(n, n_end))
-      )
+    for i, (m, n, row, inside) in enumerate(passes):
       with mgpu.utils.when(inside):
         element = _element(m, n, n_end)
         residual = None
         if addends.residual is not None:
-          residual = loaded[0] if first == 0 else load_words(gmem[len(outputs)], element)
+          residual = _load_words(gmem[len(outputs)], element) if i else loaded[0]
         total = sum_of_slots(row)
         if meeting is None:
           finish(m, element, total, residual)
@@ -336,23 +332,58 @@ def write_rows(
           with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, run, constant(0))):
             leave_for_run_0(element, total)
           with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, run, constant(0))):
-            finish(m, element, functools.reduce(add, left_for_run_0(element), total), residual)
-    if programs > 1:
+            finish(m, element, functools.reduce(_add, left_for_run_0(element), total), residual)
+    if share.programs > 1:
       mgpu.utils.warpgroup_barrier()  # one thread tells the cluster that all of them have read
 
   refs = (*outputs, *(() if addends.residual is None else (addends.residual,)))
   types = (plgpu.RefType(()),) * len(refs)
   if meeting is not None:
     refs, types = (meeting.run, meeting.sums, *refs), (plgpu.Layout.WG_SPLAT, plgpu.RefType(()), *types)
-    here = lax.div(first_column, layout.TILE) * slots + share
+    here = lax.div(share.first_column, layout.TILE) * share.slots + share.number
     pl.when(meeting.run == 0)(lambda: wait_for(meeting.counts, here, meeting.sums.shape[0], clear=True))
   if addends.loaded is not None:
     refs += (addends.loaded,)
     types += (plgpu.Layout.WG_STRIDED(addends.loaded.shape, vec_size=4),)
   types = (plgpu.RefType(()),) + (plgpu.Layout.WG_SPLAT,) * 4 + types
-  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, slot, share, first_row, first_column, *refs)
+  scalars = share.tile * share.slots, share.number, share.first_row, share.first_column
+  plgpu.inline_mgpu(arg_types=types)(write)(y_smem, *scalars, *refs)
   if meeting is not None:
     pl.when(meeting.run > 0)(lambda: publish(meeting.counts, here))
+
+
+def _element(m, n, n_end: int):
+  i64 = ir.IntegerType.get_signless(64)
+  return arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
+
+
+def _byte(base, element, size: int):
+  return arith.addi(base, arith.muli(element, mgpu.c(size, ir.IntegerType.get_signless(64))))
+
+
+def _load_words(base, element):
+  """Eight 16-bit floats of device memory, as words of two."""
+  i32 = ir.IntegerType.get_signless(32)
+  return asm([i32] * 4, [_byte(base, element, 2)], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
+
+
+def _store(base, element, values, dtype):
+  """Eight float32 to device memory, rounded."""
+  i32 = ir.IntegerType.get_signless(32)
+  convert = f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
+  words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
+  asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [_byte(base, element, 2), *words], "l,r,r,r,r")
+
+
+def _floats(words, dtype):
+  """float32 of words of two 16-bit floats."""
+  pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+  vectors = [mgpu.utils.bitcast(word, pair) for word in words]
+  return [arith.extf(ir.F32Type.get(), vector.extract(v, [], [e])) for v in vectors for e in range(2)]
+
+
+def _add(a, b):
+  return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
 
 
 def _silu_times(gate, up):
