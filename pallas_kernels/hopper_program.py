@@ -51,7 +51,8 @@ from pallas_kernels.hopper_fragments import (
   ring_of,
 )
 from pallas_kernels.hopper_norm import write_factors
-from pallas_kernels.hopper_reduce import Meeting, Share, load_addends, store_partial, write_rows
+from pallas_kernels.hopper_reduce import Meeting, store_partial, write_rows
+from pallas_kernels.hopper_share import Share, load_addends
 from pallas_kernels.problem import MatmulProblem
 
 # Stages of weights that are asked for before x is there. With more of them on their way what is published in the

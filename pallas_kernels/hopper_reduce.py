@@ -15,16 +15,13 @@ before they are stored, since a thread has the sums of both.
 No second kernel runs, and the order of additions never changes.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
@@ -32,6 +29,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from pallas_kernels import layout
 from pallas_kernels.hopper_fragments import asm, asm_void, constant, thread_of_warpgroup
 from pallas_kernels.hopper_grid import publish, wait_for
+from pallas_kernels.hopper_share import Addends, Share, byte_at, element_at
 
 # Row pitch of a slot, for elements of 2 and of 4 bytes: rows are multiples of 16 bytes, and those that a warp writes at
 # a time lie in different banks.
@@ -77,125 +75,6 @@ def store_partial(acc, y_smem, *, across_programs: bool, gated: bool):
       asm_void(_RELEASE)
 
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(())))(store)(acc, y_smem)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
-  """What a warpgroup writes: a share of a block's rows, 64 columns of them, or 32 if they were gated.
-
-  Attributes:
-    block_m: rows of the block.
-    slots, programs: sums are those of so many slots in each of so many programs; as many warpgroups share the rows.
-    tile: which 64 columns of the block, whose slots follow each other, an int32 scalar.
-    number: which of the equal shares this is, an int32 scalar.
-    first_row, first_column: of y, where the block begins and where the columns do, int32 scalars.
-    gated: y is silu(gate) * up.
-  """
-
-  block_m: int
-  slots: int
-  programs: int
-  tile: Any
-  number: Any
-  first_row: Any
-  first_column: Any
-  gated: bool
-
-  @property
-  def rows(self) -> int:
-    """Of a share."""
-    return max(1, self.block_m // (self.slots * self.programs))
-
-  @property
-  def threads_a_row(self) -> int:
-    """Each has eight columns."""
-    return 4 if self.gated else 8
-
-  @property
-  def rows_a_pass(self) -> int:
-    """That 128 threads have."""
-    return 128 // self.threads_a_row
-
-  def places(self, number, first_row, first_column, shape: tuple[int, int]):
-    """(m, n, row of the block, whether it is one of the share and of y) of a thread in each pass; its place in a row.
-
-    Within an inline function.
-
-    Args:
-      number, first_row, first_column: as there.
-      shape: of y.
-    """
-    local, place = (
-      divide(thread_of_warpgroup(), constant(self.threads_a_row)) for divide in (arith.divui, arith.remui)
-    )
-    n = arith.addi(first_column, arith.muli(place, constant(8)))
-    passes = []
-    for first in range(0, self.rows, self.rows_a_pass):
-      mine = arith.addi(constant(first), local) if first else local
-      row = arith.addi(arith.muli(number, constant(self.rows)), mine)
-      m = arith.addi(first_row, row)
-      inside = arith.andi(
-        arith.andi(_less(mine, self.rows), _less(row, self.block_m)), arith.andi(_less(m, shape[0]), _less(n, shape[1]))
-      )
-      passes.append((m, n, row, inside))
-    return passes, place
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Addends:
-  """What is added to sums and what they are multiplied with, in device memory and, where it is needed first, registers.
-
-  Attributes:
-    residual: [M, N] in y's dtype, or None.
-    norm: [N] in y's dtype, with N a multiple of 64 and nothing gated; or None.
-    loaded: words of each thread, those of them that there are: 4 of its first row's residual, 4 of its columns' norm.
-  """
-
-  residual: Any
-  norm: Any
-  loaded: Any
-
-
-def load_addends(outputs, residual_gmem, norm_gmem, share: Share) -> Addends:
-  """Loads that nothing waits for yet: they come from device memory, and at the end there is nothing to hide them.
-
-  Args:
-    outputs: see `write_rows`.
-  """
-  shape = outputs[0].shape
-  refs = [ref for ref in (residual_gmem, norm_gmem) if ref is not None]
-  if not refs:
-    return Addends(residual=None, norm=None, loaded=None)
-
-  def load(ctx, number, first_row, first_column, *refs):
-    del ctx
-    number, first_row, first_column = (scalar.registers.item() for scalar in (number, first_row, first_column))
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-    (m, n, _, inside), *_ = share.places(number, first_row, first_column, shape)[0]
-    elements = []
-    if residual_gmem is not None:
-      elements.append(_element(m, n, shape[1]))
-    if norm_gmem is not None:
-      elements.append(arith.extui(i64, n))
-    loaded = []
-    for ref, element in zip(refs, elements, strict=True):
-      there = _byte(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), element, 2)
-      text = (
-        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-        " @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
-      )
-      words = asm([i32] * 4, [there, arith.extui(i32, inside)], text, "=&r,=&r,=&r,=&r,l,r")
-      loaded.append(vector.from_elements(ir.VectorType.get((4,), i32), words))
-    registers = np.empty(len(loaded), dtype=object)
-    registers[:] = loaded
-    return fa.FragmentedArray(_registers=registers, _layout=fa.WGStridedFragLayout(words_shape, 4), _is_signed=True)
-
-  words_shape = (512 * len(refs),)  # four words a thread and operand
-  out = plgpu.ShapeDtypeStruct(words_shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(words_shape, vec_size=4))
-  types = (plgpu.Layout.WG_SPLAT,) * 3 + (plgpu.RefType(()),) * len(refs)
-  scalars = share.number, share.first_row, share.first_column
-  loaded = plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(*scalars, *refs)
-  return Addends(residual=residual_gmem, norm=norm_gmem, loaded=loaded)
 
 
 class Meeting(NamedTuple):
@@ -284,14 +163,14 @@ def write_rows(y_smem, outputs, addends: Addends, meeting: Meeting | None, share
 
     def leave_for_run_0(element, values):
       of_run = arith.muli(arith.extui(i64, arith.subi(run, constant(1))), mgpu.c(m_end * n_end, i64))
-      there = _byte(sums, arith.addi(of_run, element), 4)
+      there = byte_at(sums, arith.addi(of_run, element), 4)
       for i in (0, 4):
         text = f"st.global.v4.f32 [$0 + {4 * i}], {{$1, $2, $3, $4}};"
         asm_void(text, [there, *values[i : i + 4]], "l,f,f,f,f")
 
     def left_for_run_0(element):
       """Eight float32 of each of the other runs."""
-      there, values = _byte(sums, element, 4), []
+      there, values = byte_at(sums, element, 4), []
       for other in range(meeting.sums.shape[0]):
         for offset in (4 * other * m_end * n_end, 4 * other * m_end * n_end + 16):
           text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
@@ -311,7 +190,7 @@ def write_rows(y_smem, outputs, addends: Addends, meeting: Meeting | None, share
           square = arith.addf(square, asm([f32], [square, same_row], exchange, "=f,f,r")[0])
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, place, constant(0))):
           tile = arith.divui(first_column, constant(layout.TILE))
-          there = _byte(gmem[2], arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m)), 4)
+          there = byte_at(gmem[2], arith.extui(i64, arith.addi(arith.muli(tile, constant(m_end)), m)), 4)
           asm_void("st.global.f32 [$0], $1;", [there, square], "l,f")
 
     if addends.norm is not None:
@@ -321,7 +200,7 @@ def write_rows(y_smem, outputs, addends: Addends, meeting: Meeting | None, share
       same_row = asm([i32], [], text, "=r")[0]
     for i, (m, n, row, inside) in enumerate(passes):
       with mgpu.utils.when(inside):
-        element = _element(m, n, n_end)
+        element = element_at(m, n, n_end)
         residual = None
         if addends.residual is not None:
           residual = _load_words(gmem[len(outputs)], element) if i else loaded[0]
@@ -352,19 +231,10 @@ def write_rows(y_smem, outputs, addends: Addends, meeting: Meeting | None, share
     pl.when(meeting.run > 0)(lambda: publish(meeting.counts, here))
 
 
-def _element(m, n, n_end: int):
-  i64 = ir.IntegerType.get_signless(64)
-  return arith.addi(arith.muli(arith.extui(i64, m), mgpu.c(n_end, i64)), arith.extui(i64, n))
-
-
-def _byte(base, element, size: int):
-  return arith.addi(base, arith.muli(element, mgpu.c(size, ir.IntegerType.get_signless(64))))
-
-
 def _load_words(base, element):
   """Eight 16-bit floats of device memory, as words of two."""
   i32 = ir.IntegerType.get_signless(32)
-  return asm([i32] * 4, [_byte(base, element, 2)], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
+  return asm([i32] * 4, [byte_at(base, element, 2)], "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l")
 
 
 def _store(base, element, values, dtype):
@@ -372,7 +242,7 @@ def _store(base, element, values, dtype):
   i32 = ir.IntegerType.get_signless(32)
   convert = f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $2;"
   words = [asm([i32], [values[i + 1], values[i]], convert, "=r,f,f")[0] for i in range(0, 8, 2)]
-  asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [_byte(base, element, 2), *words], "l,r,r,r,r")
+  asm_void("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [byte_at(base, element, 2), *words], "l,r,r,r,r")
 
 
 def _floats(words, dtype):
@@ -393,7 +263,3 @@ def _silu_times(gate, up):
     " rcp.approx.ftz.f32 t, t; mul.f32 t, t, $1; mul.f32 $0, t, $2; }"
   )
   return asm([ir.F32Type.get()], [gate, up], text, "=f,f,f")[0]
-
-
-def _less(a, b: int):
-  return arith.cmpi(arith.CmpIPredicate.slt, a, constant(b))
