@@ -4,10 +4,11 @@
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
-from marlin_jax.cli import main
+from marlin_jax.cli import _parser, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -50,6 +51,22 @@ def test_the_command_of_the_server_is_understood(monkeypatch):
   assert main(shlex.split(line)[1:]) == 0
   ((folder, options),) = asked
   assert (folder, options["host"], options["config"].slots) == ("FOLDER", "127.0.0.1", 16)
+
+
+def test_one_command_makes_all_tables(tmp_path):
+  """Each of its commands is understood, and each table and picture of an H200 is of one."""
+  said = subprocess.run(
+    ["make", "--dry-run", "gpu-tables", f"VENV={tmp_path}", "TABLES=T"], cwd=ROOT, capture_output=True, text=True
+  )
+  commands = [
+    shlex.split(line)[1:] for line in said.stdout.splitlines() if line.startswith(f"{tmp_path}/bin/marlin-jax")
+  ]
+  assert {command[0] for command in commands} == {"bench"}, said
+  for command in commands:
+    _parser().parse_args(command)
+  written = {pathlib.Path(argument).name for command in commands for argument in command if argument.startswith("T/")}
+  tables = {path.name for path in (ROOT / "docs" / "results" / "nvidia_h200").glob("*.csv")}
+  assert written == tables | {path.name for path in (ROOT / "docs" / "images").glob("*.png")} - {"layout.png"}
 
 
 def test_length_and_links():
