@@ -195,9 +195,9 @@ def chain_config(problems: tuple[MatmulProblem, ...], num_sms: int) -> ChainConf
   """How `problems` are computed in one launch on a GPU with `num_sms` multiprocessors, or why they are not.
 
   Every product takes the partition in which a warpgroup has the fewest tiles of codes, where adding up parts of K
-  counts as 1.4 tiles, a cluster as 4, and three programs that meet in device memory as 12, or with more than 8 rows 26:
-  a tile takes 0.22 us. Where few programs leave memory idle, each 64 k of x that they read counts as 0.03. That is
-  fitted, not explained (docs/kernel.md).
+  counts as 1.4 tiles, a cluster as 4, and three programs that meet in device memory, of down alone, as 12, or with more
+  than 8 rows 26: a tile takes 0.22 us. Where few programs leave memory idle, each 64 k of x that they read counts as
+  0.03. That is fitted, not explained (docs/kernel.md).
   """
   clusters, products, programs = num_sms // 2, [], 0
   of_split = {1: 0, 2: 4, 3: 12 if problems[0].m <= 8 else 26}

@@ -128,7 +128,7 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
   stages, sums, scratches, empty = refs[len(names) :]
   counts = gmem["counts"]
   wg, cluster, half = (lax.axis_index(name) for name in ("wg", "cluster", "k"))
-  compute_warpgroups = config.products[0].compute_warpgroups
+  program, compute_warpgroups = 2 * cluster + half, config.products[0].compute_warpgroups
 
   def operands(i: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a product reads and what it writes."""
@@ -144,7 +144,6 @@ def _program(*refs, names, config: ChainConfig, problems, epsilons: tuple[float,
   blocks = []  # the first of this program, and all that there are
   for i, (c, problem) in enumerate(zip(config.products, problems, strict=True)):
     reads, writes = operands(i)
-    program = 2 * cluster + half
     n, k = (program, 0) if c.split_k == 1 else (lax.div(program, c.split_k), lax.rem(program, c.split_k))
     of_product = dict(config=c, problem=problem, gated=i == _GATE_UP, gmem=reads, outputs=writes)
     smem = {name: members[i] if name == "x" else members[i].at[:, 0] for name, members in stages.items()}

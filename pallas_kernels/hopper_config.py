@@ -92,14 +92,14 @@ class HopperConfig:
     return self.compute_warpgroups + 1
 
   @property
-  def cluster(self) -> int:
-    """Programs of a cluster."""
-    return 1 if self.split_k == 3 else self.split_k
-
-  @property
   def meets_in_memory(self) -> bool:
     """Whether programs that share a block are no cluster."""
-    return self.cluster < self.split_k
+    return self.split_k == 3
+
+  @property
+  def cluster(self) -> int:
+    """Programs of a cluster."""
+    return 1 if self.meets_in_memory else self.split_k
 
   @property
   def reduces(self) -> bool:

@@ -12,7 +12,8 @@ clear. All programs must be on the card at the same time, or those that are woul
 multiprocessors, one each, and no second such launch beside it. In a model every launch reads what the one before wrote.
 
 Each of these is one piece of assembly with its conditions inside. A branch that LLVM can see it copies into both arms
-of another, barrier included, and a warp of which some threads are at one copy and some at the other waits for ever.
+of another, barrier included, and a warp of which some threads are at one copy and some at the other waits for ever. A
+branch around the whole of one must be taken by all threads of a program or by none, as that on the run of K is.
 """
 
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def counts(count: int) -> np.ndarray:
 
 def publish(counts_gmem, place):
   """A warpgroup has written what those read who wait for counts[place], an int or an int32 scalar."""
-  # Written by ordinary stores, read by TMA: two proxies. One release by one thread behind a barrier is enough; a fence
+  # Written by ordinary stores, read by TMA, two proxies; sums that meet are read by ordinary loads, and without this
+  # fence they took as long. One release by one thread behind a barrier is enough; a fence
   # of each thread before it took 1 us more.
   assembly = "{ .reg .pred p; setp.eq.u32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1; }"
 

@@ -178,7 +178,7 @@ def compute(block: Block, wg):
   column_tile, part = b.column_tile_and_part(wg)
   first_tile = part * tiles_each  # of those of a stage, this warpgroup's
   first_column = b.n * c.block_n + column_tile * layout.TILE
-  share = b.k * c.warpgroups_k + part  # of what is summed over K
+  part_of_k = b.k * c.warpgroups_k + part  # of what all programs of the block sum
   sums_shape = (layout.TILE, c.block_m)
   # Where this warpgroup's part of each stage begins, in bytes.
   planes, part_k = problem.bits // 4, tiles_each * tile_k
@@ -220,7 +220,7 @@ def compute(block: Block, wg):
     return Columns(ring[name].address(stage, k // group_size * c.block_n * dtype.itemsize), dtype)
 
   def beginning():
-    """What the sums are added to: 0, and in the first share the bias."""
+    """What the sums are added to: 0, and in the first part of K the bias."""
     if "bias" not in gmem:
       return plgpu.layout_cast(jnp.zeros(sums_shape, jnp.float32), plgpu.Layout.WGMMA)
 
@@ -231,7 +231,7 @@ def compute(block: Block, wg):
     def nothing():
       return plgpu.layout_cast(jnp.zeros(layout.TILE, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
-    return lax.broadcast_in_dim(lax.cond(share == 0, load, nothing) if c.reduces else load(), sums_shape, [0])
+    return lax.broadcast_in_dim(lax.cond(part_of_k == 0, load, nothing) if c.reduces else load(), sums_shape, [0])
 
   def multiply(stage, acc, w, following):
     """acc + the step's product; `w` is the fragment of its first tile, the result has that of `following`."""
@@ -297,7 +297,7 @@ def compute(block: Block, wg):
     slots=c.warpgroups_k,
     programs=c.cluster,
     tile=column_tile,
-    number=share if c.cluster > 1 else part,
+    number=part_of_k if c.cluster > 1 else part,
     first_row=b.m * c.block_m,
     first_column=first_column // 2 if b.gated else first_column,
     gated=b.gated,

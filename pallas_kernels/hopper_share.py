@@ -47,11 +47,6 @@ class Share:
     """Each has eight columns."""
     return 4 if self.gated else 8
 
-  @property
-  def rows_a_pass(self) -> int:
-    """That 128 threads have."""
-    return 128 // self.threads_a_row
-
   def places(self, number, first_row, first_column, shape: tuple[int, int]):
     """(m, n, row of the block, whether it is one of the share and of y) of a thread in each pass; its place in a row.
 
@@ -65,7 +60,7 @@ class Share:
     )
     n = arith.addi(first_column, arith.muli(place, constant(8)))
     passes = []
-    for first in range(0, self.rows, self.rows_a_pass):
+    for first in range(0, self.rows, 128 // self.threads_a_row):
       mine = arith.addi(constant(first), local) if first else local
       row = arith.addi(arith.muli(number, constant(self.rows)), mine)
       m = arith.addi(first_row, row)

@@ -354,7 +354,7 @@ def test_every_program_has_steps_and_every_step_a_program(programs):
     assert [int(first) + i for first, count in runs for i in range(count)] == list(range(total))
 
 
-def test_a_block_is_a_clusters():
+def test_three_runs_of_k_need_a_launch_that_waits():
   arrays = [jnp.zeros(s.shape, s.dtype) for s in shapes(16, 512, 64, 128, BF16)]
   with pytest.raises(ValueError, match="split_k=3 must be 1, 2 or 4"):
     matmul_hopper(*arrays, config=dataclasses.replace(CONFIG, split_k=3))
